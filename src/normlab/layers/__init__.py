@@ -1,0 +1,23 @@
+"""Normalization layers: the mathematics, the modules around it, and their names."""
+
+from normlab.layers.dropout import Dropout, draw_dropout_from
+from normlab.layers.functional import Moments, batch_norm, batch_norm_backward, moments, normalize
+from normlab.layers.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normlab.layers.norms import NormConstructor, RMSNorm, norm_constructor, norm_names
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Dropout",
+    "Moments",
+    "NormConstructor",
+    "RMSNorm",
+    "batch_norm",
+    "batch_norm_backward",
+    "draw_dropout_from",
+    "moments",
+    "norm_constructor",
+    "norm_names",
+    "normalize",
+]
