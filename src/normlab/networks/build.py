@@ -1,0 +1,121 @@
+"""From a network's name, an arm and a seed to a network with its first values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from normlab.errors import InputError, did_you_mean
+from normlab.layers import norm_constructor
+from normlab.networks.architectures import lenet, mlp
+from normlab.networks.arms import parse_arm
+from normlab.networks.blocks import Slots
+from normlab.streams import stream
+
+__all__ = ["INITS", "build_network", "check_network"]
+
+INITS = ("torch", "xavier")
+
+
+def check_network(name: str) -> None:
+    """Refuse a network name that `build_network` would not know.
+
+    Raises:
+        InputError: With what is known.
+
+    >>> check_network("mlp:512,512")
+    """
+    _hidden_sizes(name)
+
+
+def build_network(
+    name: str,
+    arm: str,
+    seed: int,
+    *,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    activation: str = "relu",
+    init: str = "torch",
+) -> nn.Sequential:
+    """Build one replica's network.
+
+    Each layer with weights draws its first values from a stream that belongs to the seed and to
+    the layer's name, so layers that two arms share start from the same values.
+
+    Args:
+        name: `lenet`, or `mlp:` and the hidden sizes.
+        arm: As `parse_arm` reads it.
+        seed: The replica's seed.
+        image_shape: (C, H, W).
+        classes: Width of the output.
+        activation: A key of `normlab.networks.ACTIVATIONS`.
+        init: `torch` for torch's own scheme (uniform, ±1/√fan_in), or `xavier` for Glorot's
+            uniform weights with torch's biases.
+
+    Raises:
+        InputError: The name, the arm or their combination is impossible.
+
+    >>> plain, batch = (
+    ...     build_network("mlp:8", arm, 0, image_shape=(1, 4, 4), classes=3)
+    ...     for arm in ("plain", "batch")
+    ... )
+    >>> bool((plain.hidden0.linear.weight == batch.hidden0.linear.weight).all())
+    True
+    """
+    parsed = parse_arm(arm)
+    slots = Slots(
+        norm=norm_constructor(parsed.norm) if parsed.norm else None,
+        position=parsed.position,
+        activation=activation,
+        dropout=parsed.dropout,
+    )
+    hidden = _hidden_sizes(name)
+    with torch.device("meta"):  # No values yet: torch's constructors draw from the global RNG.
+        if hidden is None:
+            network = lenet(image_shape, classes, slots)
+        else:
+            network = mlp(image_shape, classes, hidden, slots)
+    if parsed.norm and not any(part.endswith(".norm") for part, _ in network.named_modules()):
+        raise InputError(
+            f"arm {arm!r} finds nothing to normalize in {name}: {parsed.norm} norm needs several "
+            "values per channel and sample, as a convolution has; use the arm 'layer' or 'lenet'"
+        )
+    network.to_empty(device="cpu")
+    for part, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            _initialize(module, init, stream(seed, "init", part))
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return network
+
+
+def _initialize(layer: nn.Linear | nn.Conv2d, init: str, generator: torch.Generator) -> None:
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    if layer.bias is not None:
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def _hidden_sizes(name: str) -> list[int] | None:
+    """Return the hidden sizes of `mlp:…`, None for `lenet`."""
+    if name == "lenet":
+        return None
+    kind, colon, sizes = name.partition(":")
+    if kind != "mlp":
+        known = ("lenet", "mlp:32,32")
+        raise InputError(
+            f"unknown network {name!r}{did_you_mean(kind, known)}: "
+            f"known are {' and '.join(known)}, with any hidden sizes"
+        )
+    hidden = [int(size) if size.isdecimal() else 0 for size in sizes.split(",")]
+    if not colon or min(hidden) < 1:
+        raise InputError(
+            f"network {name!r}: mlp wants its hidden sizes, whole numbers above 0, as in mlp:32,32"
+        )
+    return hidden
