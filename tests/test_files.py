@@ -2,6 +2,7 @@ import os
 import stat
 
 import pytest
+
 from normlab.files import replace
 
 
@@ -10,7 +11,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     path.write_text("old")
     replace(path, "new ±")
     assert path.read_bytes() == "new ±".encode()
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -24,7 +25,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         replace(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_file_can_be_read_by_those_who_can_read_others(tmp_path):

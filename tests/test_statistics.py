@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from normlab import statistics
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
+
+from normlab import statistics
 
 samples = hnp.arrays(
     float, st.integers(3, 12), elements=st.floats(-1, 1, width=32), unique=True

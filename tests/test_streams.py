@@ -1,4 +1,5 @@
 import torch
+
 from normlab.streams import stream
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from normlab.data import datasets, load
 from normlab.errors import InputError, NormlabError
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from normlab.data import load, scale, split
 from normlab.errors import InputError
 

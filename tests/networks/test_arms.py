@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from normlab.errors import InputError
 from normlab.networks import parse_arm
 

@@ -1,0 +1,180 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+import normlab
+from normlab import report as reports
+from normlab.errors import InputError, NormlabError
+from normlab.study import Study, bundled_studies
+from normlab.training import Recipe
+
+__all__ = ["main"]
+
+_Json = Annotated[
+    tyro.conf.FlagCreatePairsOff[bool],
+    tyro.conf.arg(help="Print one JSON document, and nothing else, on standard output."),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Compare:
+    """Compare the arms of a study: train what is missing in its ledger, then report.
+
+    The options after --json change a field of the study.
+    """
+
+    study: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(help="A bundled study, or a TOML file.", metavar="STUDY"),
+    ] = "mnist-mlp-adam"
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Folder of the run.", metavar="FOLDER", help_behavior_hint="(runs/NAME-DIGEST)"
+        ),
+    ] = None
+    workers: Annotated[
+        str,
+        tyro.conf.arg(help="Processes to train in; the numbers do not depend on it.", metavar="N"),
+    ] = str(os.cpu_count() or 1)
+    json: _Json = False
+
+    def run(self) -> None:
+        """Train, report and print."""
+        given = {name: getattr(self, name) for name in _OVERRIDES}
+        fields = {
+            # One value is a value: `--seeds 10` is a number of seeds, `--seeds 3 7` names two.
+            name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
+            for name, value in given.items()
+            if value is not None
+        }
+        workers = int(self.workers) if self.workers.isdecimal() else 0
+        if workers < 1:
+            raise InputError(f"--workers {self.workers}: expected a whole number above 0")
+        _print(normlab.compare(self.study, out=self.out, workers=workers, **fields), self.json)
+
+
+# The study's own fields first, then those of its recipe.
+_OVERRIDES = sorted(
+    (name for name in Study.model_fields if name not in ("name", "description")),
+    key=lambda name: name in Recipe.model_fields,
+)
+
+
+def _with_overrides() -> type[_Compare]:
+    """Derive the other options of `compare` from the fields of `Study`.
+
+    Values stay text here: the study's own checks read them, so a mistake gets the same line on the
+    command line, in Python and in TOML.
+    """
+    options: list[tuple[str, Any, Any]] = []
+    for name in _OVERRIDES:
+        several = name in ("arms", "lr", "seeds")
+        argument = tyro.conf.arg(
+            help=Study.model_fields[name].description,
+            metavar="VALUE ..." if several else "VALUE",
+            help_behavior_hint="",
+        )
+        kind: Any = tuple[str, ...] | None if several else str | None
+        options.append((name, Annotated[kind, argument], dataclasses.field(default=None)))
+    compare = dataclasses.make_dataclass(
+        "Compare", options, bases=(_Compare,), frozen=True, kw_only=True
+    )
+    compare.__doc__ = _Compare.__doc__
+    return compare
+
+
+Compare = _with_overrides()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the report of a run again, from its ledger alone."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    ]
+    json: _Json = False
+
+    def run(self) -> None:
+        """Report and print."""
+        comparison = normlab.Comparison(self.folder)
+        comparison.report()
+        _print(comparison, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Studies:
+    """List the bundled studies."""
+
+    def run(self) -> None:
+        """Print one line for each."""
+        studies = bundled_studies()
+        width = max(map(len, studies))
+        for name, study in studies.items():
+            print(f"{name:{width}}  {study.description}")
+
+
+def _print(comparison: normlab.Comparison, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(comparison.summary(), indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    console.print()
+    for sentence in reports.headline(comparison):
+        console.print(sentence, style="bold", markup=False)
+    console.print()
+    console.print(reports.terminal_table(comparison))
+    console.print()
+    console.print(f"Report: {comparison.folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the `normlab` command.
+
+    Args:
+        arguments: Of the command line; the process's own if none are given.
+
+    Raises:
+        SystemExit: With 2 if the input cannot be used, 130 after Ctrl-C, 1 on other failures.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"normlab {normlab.__version__}")
+        return
+    command = tyro.cli(
+        Compare | Report | Studies,  # type: ignore[arg-type]
+        prog="normlab",
+        description="Does normalization help your network? Compare it with and without, over many "
+        "seeds. (--version prints the version.)",
+        args=arguments or ["--help"],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    try:
+        command.run()
+    except InputError as error:
+        _fail(2, str(error))
+    except NormlabError as error:
+        _fail(1, str(error))
+    except BrokenPipeError:
+        # The reader of our output went away; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted; what was measured is kept: run the same command again to go on")
+
+
+def _fail(code: int, message: str) -> None:
+    print("normlab: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

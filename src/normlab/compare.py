@@ -1,0 +1,106 @@
+"""The main job: run a study, keep it, compare its arms, draw the report."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normlab import report as reports
+from normlab import study as studies
+
+if TYPE_CHECKING:
+    import altair as alt
+
+__all__ = ["Comparison", "compare", "default_folder"]
+
+
+class Comparison(studies.Comparison):
+    """What a study's ledger says, with the means to draw it.
+
+    The last line of a notebook cell shows the verdicts, the table and the curves.
+
+    Args:
+        folder: Holds `ledger.sqlite`.
+    """
+
+    def chart(self, metric: str = "accuracy") -> alt.TopLevelMixin:
+        """Return a chart: `accuracy`, `loss` or `difference`.
+
+        Raises:
+            InputError: There is no such chart.
+        """
+        return reports.chart(self, metric)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write `report.html`, the charts and `summary.json`, and return the page's path.
+
+        Args:
+            path: The folder to write to; the run's own if none is given.
+        """
+        return reports.write(self, Path(path) if path is not None else self.folder)
+
+    def __str__(self) -> str:
+        return "\n".join([*reports.headline(self), "", reports.text_table(self)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        import vl_convert
+
+        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in reports.headline(self))
+        curves = vl_convert.vegalite_to_svg(self.chart().to_dict())
+        return sentences + reports.html_table(self) + curves
+
+
+def compare(
+    study: studies.Study | str = "mnist-mlp-adam",
+    *,
+    out: str | Path | None = None,
+    workers: int = 1,
+    progress: bool = True,
+    **fields: Any,
+) -> Comparison:
+    """Compare the arms of a study: train what its ledger lacks, and say what came of it.
+
+    Called again with the same study and folder, it goes on where it stopped, and a finished study
+    is only read.
+
+    Args:
+        study: A study, the name of a bundled one, or the path of a TOML file.
+        out: The run's folder; `runs/NAME-DIGEST` if none is given, the digest standing for all that
+            is declared.
+        workers: Processes to train in. The numbers do not depend on it. With more than 1, a script
+            must keep its work under `if __name__ == "__main__":`, as for a DataLoader's workers.
+        progress: Show progress on standard error.
+        **fields: Fields of the study that get another value, such as `seeds=5` or `epochs=2`.
+
+    Returns:
+        The comparison; its report is in the run's folder.
+
+    Raises:
+        InputError: The study, a field or the folder cannot be used.
+        LedgerError: The ledger is damaged, or the disk is full.
+
+    >>> compare("mnist-mlp-adam", epoch=2)
+    Traceback (most recent call last):
+    normlab.errors.InputError: mnist-mlp-adam: unknown key 'epoch' (did you mean epochs?)
+    """
+    if isinstance(study, str):
+        declared = studies.find_study(study).with_fields(fields, study)
+    else:
+        declared = study.with_fields(fields, study.name)
+    folder = Path(out) if out is not None else default_folder(declared)
+    if progress:
+        with reports.Live(declared) as live:
+            studies.run(declared, folder, workers=workers, watcher=live)
+    else:
+        studies.run(declared, folder, workers=workers)
+    comparison = Comparison(folder)
+    comparison.report()
+    return comparison
+
+
+def default_folder(study: studies.Study) -> Path:
+    """Return the folder that a study runs in if none is named."""
+    return Path("runs") / f"{study.name}-{study.fingerprint[:8]}"

@@ -1,0 +1,188 @@
+"""Charts: the same ones interactive, as SVG and as PNG."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from normlab.errors import InputError
+from normlab.study import Comparison
+
+if TYPE_CHECKING:
+    import altair as alt
+
+__all__ = ["CHARTS", "chart", "colors"]
+
+CHARTS = {
+    "accuracy": "Accuracy",
+    "loss": "Loss",
+    "difference": "Difference in final test accuracy, seed by seed",
+}
+"""The charts that `chart` draws, with their titles."""
+
+# The baseline in grey; then Okabe and Ito's colours, which differ for every kind of colour vision.
+_PALETTE = (
+    *("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7"),
+    *("#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#b8a800"),
+)
+_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def colors(comparison: Comparison) -> dict[str, str]:
+    """Return the colour of each arm, the same in every chart and table."""
+    arms = comparison.study.arms
+    return {arm: _PALETTE[i % len(_PALETTE)] for i, arm in enumerate(arms)}
+
+
+def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
+    """Draw a comparison.
+
+    Args:
+        comparison: What to draw.
+        name: `accuracy` or `loss` for curves over epochs with pointwise bands, one panel a split;
+            `difference` for the differences in final test accuracy with their interval.
+
+    Returns:
+        An Altair chart.
+
+    Raises:
+        InputError: There is no such chart.
+    """
+    if name not in CHARTS:
+        raise InputError(f"unknown chart {name!r}: known are {', '.join(CHARTS)}")
+    return _differences(comparison) if name == "difference" else _curves(comparison, name)
+
+
+def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
+    import altair as alt
+
+    curves = comparison.curves(metric)
+    band = curves.attrs["band"]
+    reported = comparison.reported_lr
+    curves = curves[curves["arm"].map(reported) == curves["lr"]]
+    shown = [name for key, name in _SPLITS.items() if key in set(curves["split"])]
+    data = curves.assign(
+        split=curves["split"].map(_SPLITS),
+        epochs=curves["step"] / max(comparison.steps_per_epoch, 1),
+    )
+    n = (
+        "–".join(str(count) for count in sorted({data["n"].min(), data["n"].max()}))
+        if len(data)
+        else 0
+    )
+    picked = alt.selection_point(fields=["arm"], bind="legend")
+    number = ".2%" if metric == "accuracy" else ".4f"
+    base = alt.Chart(data).encode(
+        x=alt.X("epochs:Q", title="epoch", axis=alt.Axis(tickMinStep=1)),
+        color=_arm_color(comparison),
+        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.15)),
+    )
+    area = base.mark_area().encode(
+        y=alt.Y("low:Q"),
+        y2="high:Q",
+        opacity=alt.condition(picked, alt.value(0.2), alt.value(0.05)),
+    )
+    line = base.mark_line(point=alt.OverlayMarkDef(size=25)).encode(
+        y=alt.Y(
+            "mean:Q",
+            title=metric,
+            scale=alt.Scale(zero=False),
+            axis=alt.Axis(format="%" if metric == "accuracy" else "~g"),
+        ),
+        tooltip=[
+            alt.Tooltip("arm:N"),
+            alt.Tooltip("lr:Q"),
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip("epoch:Q", title="epochs finished"),
+            alt.Tooltip("mean:Q", format=number),
+            alt.Tooltip("low:Q", format=number),
+            alt.Tooltip("high:Q", format=number),
+            alt.Tooltip("n:Q", title="seeds"),
+            alt.Tooltip("diverged:Q"),
+        ],
+    )
+    return (
+        alt.layer(area, line)
+        .properties(width=250, height=230)
+        .facet(column=alt.Column("split:N", title=None, sort=shown))
+        .add_params(picked)
+        .properties(
+            title=alt.TitleParams(
+                CHARTS[metric], subtitle=f"mean of {n} seeds; band: {band}", anchor="start"
+            )
+        )
+    )
+
+
+def _differences(comparison: Comparison) -> alt.TopLevelMixin:
+    import altair as alt
+    import pandas as pd
+
+    metric = comparison.metrics[0]
+    baseline = comparison.study.baseline
+    others = [arm for arm in comparison.study.arms if arm != baseline]
+    finals = comparison.outcomes()[metric.name].unstack("arm")
+    rows = [
+        {"arm": arm, "seed": seed, "difference": (row[arm] - row[baseline]) * 100}
+        for seed, row in finals.iterrows()
+        for arm in others
+    ]
+    seeds = pd.DataFrame(rows, columns=["arm", "seed", "difference"]).dropna()
+    means = pd.DataFrame(
+        [
+            {
+                "arm": one.arm,
+                "mean": one.difference * 100,
+                "low": one.interval[0] * 100,
+                "high": one.interval[1] * 100,
+            }
+            for one in comparison.verdicts
+            if one.metric.name == metric.name and one.difference is not None and one.interval
+        ],
+        columns=["arm", "mean", "low", "high"],
+    )
+    margin = comparison.study.margin_accuracy * 100
+    zone = pd.DataFrame([{"from": -margin, "to": margin, "zero": 0.0}])
+    y = alt.Y("arm:N", title=None, sort=others)
+    x = alt.X("difference:Q", title=f"points of accuracy, against {baseline}")
+    inside = alt.Chart(zone).mark_rect(color="#9ca3af", opacity=0.25).encode(x="from:Q", x2="to:Q")
+    zero = alt.Chart(zone).mark_rule(color="#6b7280").encode(x="zero:Q")
+    ticks = (
+        alt.Chart(seeds)
+        .mark_point(filled=True, size=45, opacity=0.55)
+        .encode(
+            x=x,
+            y=y,
+            color=_arm_color(comparison, legend=False),
+            tooltip=["arm:N", "seed:Q", alt.Tooltip("difference:Q", format="+.2f")],
+        )
+    )
+    bars = alt.Chart(means).encode(y=y, color=_arm_color(comparison, legend=False))
+    span = bars.mark_rule(strokeWidth=3, yOffset=14).encode(x=alt.X("low:Q"), x2="high:Q")
+    mean = bars.mark_point(filled=True, shape="diamond", size=110, yOffset=14, opacity=1).encode(
+        x="mean:Q",
+        tooltip=[
+            "arm:N",
+            *(alt.Tooltip(f"{key}:Q", format="+.2f") for key in ("mean", "low", "high")),
+        ],
+    )
+    return alt.layer(inside, zero, ticks, span, mean).properties(
+        width=620,
+        height=alt.Step(56),
+        title=alt.TitleParams(
+            CHARTS["difference"],
+            subtitle=f"dots: seeds; diamond and bar: mean and {comparison.study.confidence:.0%} "
+            f"interval; grey: differences declared not to matter (±{margin:g})",
+            anchor="start",
+        ),
+    )
+
+
+def _arm_color(comparison: Comparison, *, legend: bool = True) -> alt.Color:
+    import altair as alt
+
+    palette = colors(comparison)
+    return alt.Color(
+        "arm:N",
+        scale=alt.Scale(domain=list(palette), range=list(palette.values())),
+        legend=alt.Legend(title=None, orient="top", symbolOpacity=1) if legend else None,
+    )

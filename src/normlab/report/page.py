@@ -1,0 +1,121 @@
+"""The report: one HTML file that works offline, the charts as files, and the summary."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from normlab.errors import NormlabError
+from normlab.files import replace
+from normlab.report.charts import CHARTS, chart
+from normlab.report.table import html_table
+from normlab.report.wording import duration, headline
+from normlab.study import Comparison
+
+__all__ = ["html", "write"]
+
+
+def write(comparison: Comparison, folder: Path) -> Path:
+    """Write the report, its charts and the summary, each file in one step.
+
+    Args:
+        comparison: What to report.
+        folder: Gets `report.html`, `summary.json`, and an SVG and a PNG of each chart.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        NormlabError: The folder cannot be written, or the disk is full.
+    """
+    import vl_convert
+
+    specs = _specs(comparison)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, spec in specs.items():
+            replace(folder / f"{name}.svg", _svg(json.dumps(spec)))
+            replace(folder / f"{name}.png", vl_convert.vegalite_to_png(spec, scale=2))
+        replace(folder / "summary.json", json.dumps(comparison.summary(), indent=2) + "\n")
+        replace(folder / "report.html", html(comparison))
+    except OSError as error:
+        raise NormlabError(
+            f"{folder}: the report cannot be written: {error.strerror}; the measurements are kept: "
+            f"make room and run normlab report {comparison.folder}"
+        ) from None
+    return folder / "report.html"
+
+
+def html(comparison: Comparison) -> str:
+    """Return the report as one self-contained page.
+
+    The charts stand in it as SVG, so that it can be read without JavaScript; where that runs, they
+    are replaced by interactive ones. Nothing is fetched from anywhere.
+    """
+    import vl_convert
+
+    specs = _specs(comparison)
+    # The library's stub does not know that the snippet may be left out.
+    library = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    figures = "\n".join(
+        f'<figure><div id="chart-{name}">{_svg(json.dumps(spec))}</div></figure>'
+        for name, spec in specs.items()
+    )
+    template = Template((resources.files(__package__) / "page.html").read_text("utf-8"))
+    return template.substitute(
+        title=escape(comparison.study.name),
+        description=escape(comparison.study.description),
+        answer="".join(f"<p>{escape(sentence)}</p>" for sentence in headline(comparison)),
+        table=html_table(comparison),
+        figures=figures,
+        details=_details(comparison),
+        declaration=escape(comparison.study.to_toml()),
+        library=library,
+        # "</" would end the script element.
+        specs=json.dumps(specs).replace("</", "<\\/"),
+    )
+
+
+def _specs(comparison: Comparison) -> dict[str, Any]:
+    """Return the Vega-Lite specifications of the charts that have something to show."""
+    names = list(CHARTS)
+    if len(comparison.study.arms) == 1:
+        names.remove("difference")
+    return {name: chart(comparison, name).to_dict() for name in names}
+
+
+@lru_cache(maxsize=8)
+def _svg(spec: str) -> str:
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(spec))
+
+
+def _details(comparison: Comparison) -> str:
+    """Return the rows that say how the numbers came about."""
+    rows = [
+        ("Seeds", ", ".join(map(str, comparison.study.seeds))),
+        ("Runs", f"{len(comparison.study.replicas)}"),
+        ("Time spent measuring", duration(comparison.seconds)),
+    ]
+    if len(comparison.study.lr) > 1:
+        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in comparison.reported_lr.items())
+        rows.append(("Learning rates chosen, each by the other seeds", rates))
+    for session in comparison.sessions:
+        versions = json.loads(session["versions"])
+        machine = json.loads(session["machine"])
+        parts = [
+            *(f"{name} {version}" for name, version in versions.items()),
+            f"{machine['system']}, {machine['processor']}, {machine['cores']} cores",
+            f"{session['workers']} worker processes",
+        ]
+        rows.append((f"Measured from {session['started']}", "; ".join(parts)))
+    return "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in rows
+    )

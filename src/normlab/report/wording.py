@@ -1,0 +1,91 @@
+"""Numbers and verdicts in words."""
+
+from __future__ import annotations
+
+from normlab.study import Comparison, Metric, Verdict
+
+__all__ = ["difference", "duration", "headline", "interval", "mean_and_sd", "sentence", "word"]
+
+
+def difference(verdict: Verdict, *, unit: bool = True) -> str:
+    """Return the mean difference, with or without its unit, or an empty text."""
+    if verdict.difference is None:
+        return ""
+    number = verdict.metric.show(verdict.difference, signed=True)
+    return f"{number} {verdict.metric.unit}" if unit else number
+
+
+def interval(verdict: Verdict) -> str:
+    """Return the interval without its unit, or an empty text."""
+    if verdict.interval is None:
+        return ""
+    low, high = (verdict.metric.show(end, signed=True) for end in verdict.interval)
+    return f"{low} to {high}"
+
+
+def mean_and_sd(metric: Metric, summary: dict[str, float | None]) -> str:
+    """Return an arm's mean and standard deviation over seeds, and what is not in them."""
+    mean, sd, failed = summary["mean"], summary["sd"], summary["failed"]
+    text = "–" if mean is None else metric.show(mean) + "%" * (metric.unit == "points")
+    if sd is not None:
+        text += f" ± {metric.show(sd)}"
+    return text + (f" ({failed} failed)" if failed else "")
+
+
+def word(verdict: Verdict) -> str:
+    """Return the verdict, with what it would take if there is none yet."""
+    if verdict.verdict is None:
+        return "no verdict"
+    if verdict.verdict == "inconclusive":
+        return f"inconclusive ({_more_seeds(verdict)})"
+    return verdict.verdict
+
+
+def sentence(verdict: Verdict) -> str:
+    """Return a verdict as a sentence that can stand alone."""
+    arm, baseline, label = verdict.arm, verdict.baseline, verdict.metric.label
+    size = ""
+    if verdict.difference is not None:
+        size = f": {difference(verdict)}"
+        if verdict.interval:
+            size += f" ({verdict.confidence:.0%} interval {interval(verdict)}; {verdict.n} seeds)"
+    margin = ""
+    if verdict.equivalence_margin is not None:
+        margin = f"±{verdict.metric.show(verdict.equivalence_margin)} {verdict.metric.unit}"
+    text = {
+        "better": f"{arm} is better than {baseline} on {label}{size}",
+        "worse": f"{arm} is worse than {baseline} on {label}{size}",
+        "equivalent": f"{arm} and {baseline} are equivalent on {label}, within {margin}{size}",
+        "inconclusive": f"Whether {arm} differs from {baseline} on {label} is inconclusive{size}; "
+        f"{_more_seeds(verdict)} to decide it",
+        None: f"{arm} against {baseline} on {label}{size}",
+    }[verdict.verdict]
+    return text + (f"; {verdict.reason}." if verdict.reason else ".")
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """Return the answer: one sentence for each arm, on the first metric."""
+    first = comparison.metrics[0].name
+    sentences = [sentence(one) for one in comparison.verdicts if one.metric.name == first]
+    if not sentences:
+        return [f"{comparison.study.baseline} ran alone: a second arm would make a comparison."]
+    return sentences
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(75)
+    '1 min 15 s'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _more_seeds(verdict: Verdict) -> str:
+    if verdict.seeds_needed is None:
+        return "no number of seeds is in sight"
+    return f"about {verdict.seeds_needed} more seed{'s' * (verdict.seeds_needed != 1)}"

@@ -1,0 +1,17 @@
+"""Studies: declare, run, keep, compare."""
+
+from normlab.study.comparison import Comparison
+from normlab.study.declaration import Study, bundled_studies, find_study
+from normlab.study.run import run
+from normlab.study.verdicts import Metric, Verdict, judge
+
+__all__ = [
+    "Comparison",
+    "Metric",
+    "Study",
+    "Verdict",
+    "bundled_studies",
+    "find_study",
+    "judge",
+    "run",
+]

@@ -1,0 +1,311 @@
+"""A comparison: what a study's ledger says, read from the ledger alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normlab.statistics import mean_interval
+from normlab.study.declaration import Study
+from normlab.study.ledger import Ledger
+from normlab.study.verdicts import Metric, Verdict, judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Comparison"]
+
+
+class Comparison:
+    """Curves, paired differences and verdicts of one study.
+
+    Attributes:
+        study: What was declared.
+        folder: Where the ledger is.
+        sessions: One dict for each time that something was measured: `started`, `seconds`,
+            `workers`, `versions` and `machine` (the last two as JSON).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read a run.
+
+        Args:
+            folder: Holds `ledger.sqlite`.
+
+        Raises:
+            InputError: There is no ledger.
+            LedgerError: It is damaged.
+        """
+        self.folder = Path(folder)
+        with Ledger.read(self.folder) as ledger:
+            self.study: Study = ledger.study
+            self.sessions = ledger.rows("session")
+            self._replicas = ledger.rows("replica")
+            self._measurements = ledger.rows("measurement")
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds that were spent on measuring, over all sessions."""
+        return float(sum(session["seconds"] for session in self.sessions))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every replica that the study declares has an outcome."""
+        return len(self._replicas) == len(self.study.replicas)
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """The numbers that the arms are judged by."""
+        study = self.study
+        target = f"{study.target_accuracy * 100:g}%"
+        metrics = [
+            Metric(
+                "final_test_accuracy", "final test accuracy", True, study.margin_accuracy, "points"
+            ),
+            Metric("final_test_loss", "final test loss", False, study.margin_loss, "nats"),
+            Metric(
+                "steps_to_target",
+                f"steps to {target} test accuracy",
+                False,
+                None,
+                "steps",
+                failure=f"did not reach {target}",
+            ),
+        ]
+        if study.validation:
+            best = Metric(
+                "best_validation_test_accuracy",
+                "test accuracy at the best validation epoch",
+                True,
+                study.margin_accuracy,
+                "points",
+            )
+            metrics.insert(2, best)
+        return metrics
+
+    def frame(self) -> pd.DataFrame:
+        """Return every measurement, one a row.
+
+        Returns:
+            Columns `arm`, `lr`, `seed`, `step`, `epoch`, `split`, `metric`, `value`, and `status`
+            (`done`, `diverged`, or `running` where the replica has no outcome yet).
+        """
+        import pandas as pd
+
+        columns = ["arm", "lr", "seed", "step", "epoch", "split", "metric", "value"]
+        frame = pd.DataFrame(self._measurements, columns=columns)
+        status = self._replica_frame()[["arm", "lr", "seed", "status"]]
+        merged = frame.merge(status, how="left", on=["arm", "lr", "seed"])
+        return merged.assign(status=merged["status"].fillna("running"))
+
+    def curves(self, metric: str = "accuracy") -> pd.DataFrame:
+        """Return the course of a metric, averaged over the seeds that finished.
+
+        Args:
+            metric: `accuracy` or `loss`.
+
+        Returns:
+            Columns `arm`, `lr`, `split`, `step`, `epoch`, `mean`, `low`, `high`, `n` and
+            `diverged`, the number of runs that did and are not in the mean. `low` and `high` are
+            pointwise intervals of the mean at the study's confidence: each holds for its own
+            point, and a whole curve leaves its band somewhere far more often.
+
+        Raises:
+            KeyError: The metric was not measured.
+        """
+        import pandas as pd
+
+        frame = self.frame()
+        if metric not in set(frame["metric"]) and len(frame):
+            known = ", ".join(sorted(set(frame["metric"])))
+            raise KeyError(f"{metric!r} was not measured: known are {known}")
+        replicas = self._replica_frame()
+        diverged = replicas[replicas["status"] == "diverged"].groupby(["arm", "lr"]).size()
+        rows = []
+        done = frame[(frame["metric"] == metric) & (frame["status"] == "done")]
+        keys = ["arm", "lr", "split", "step", "epoch"]
+        for key, group in done.groupby(keys, sort=False):
+            mean, low, high = mean_interval(group["value"], confidence=self.study.confidence)
+            row = dict(zip(keys, key, strict=True))
+            row.update(mean=float(mean), low=float(low), high=float(high), n=len(group))
+            rows.append({**row, "diverged": int(diverged.get((row["arm"], row["lr"]), 0))})
+        curves = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n", "diverged"])
+        curves.attrs["band"] = f"pointwise {self.study.confidence:.0%} t interval of the mean"
+        return curves
+
+    @cached_property
+    def chosen_lr(self) -> dict[str, dict[int, float]]:
+        """The learning rate at which each arm is reported, seed by seed.
+
+        With several rates, a seed's is the one with the best mean final validation accuracy over
+        the other seeds, so no seed chooses the rate it is reported at. A diverged run counts as
+        accuracy 0 there. Only seeds that are finished at every rate, in every arm, are in it.
+        """
+        seeds = self._finished_seeds()
+        finals = self._outcome_table["final_validation_accuracy"].fillna(0.0)
+        chosen: dict[str, dict[int, float]] = {}
+        for arm in self.study.arms:
+            scores = {
+                lr: np.array([finals.get((arm, lr, seed), 0.0) for seed in seeds])
+                for lr in sorted(self.study.lr)
+            }
+            chosen[arm] = {
+                seed: max(scores, key=lambda lr: scores[lr].sum() - scores[lr][i])
+                for i, seed in enumerate(seeds)
+            }
+        return chosen
+
+    @property
+    def reported_lr(self) -> dict[str, float]:
+        """The learning rate whose curves stand for each arm: the one most seeds are reported at."""
+        chosen = {arm: list(rates.values()) for arm, rates in self.chosen_lr.items()}
+        return {
+            arm: max(self.study.lr, key=rates.count) if rates else self.study.lr[0]
+            for arm, rates in chosen.items()
+        }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, 0 before the first one ended."""
+        last = max(self._measurements, key=lambda m: (m["epoch"], -m["step"]), default=None)
+        return last["step"] // last["epoch"] if last and last["epoch"] else 0
+
+    def outcomes(self) -> pd.DataFrame:
+        """Return what each run ended with, at its arm's learning rate.
+
+        Returns:
+            Index `arm`, `seed`; columns `lr`, `status` and one for each of `metrics`, NaN for a
+            run that diverged or did not reach the target. Only seeds that every arm finished.
+        """
+        import pandas as pd
+
+        rows = []
+        records = self._outcome_table.to_dict("index")
+        for arm, rates in self.chosen_lr.items():
+            for seed, lr in rates.items():
+                rows.append({"arm": arm, "seed": seed, "lr": lr, **records[arm, lr, seed]})
+        columns = ["lr", "status", *(metric.name for metric in self.metrics)]
+        frame = pd.DataFrame(rows, columns=["arm", "seed", *columns])
+        return frame.set_index(["arm", "seed"])
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Every arm against the baseline, for each of `metrics`.
+
+        A study that is not complete gets no verdict: looking before the end, and stopping when one
+        likes what one sees, finds differences where there are none.
+        """
+        outcomes = self.outcomes()
+        verdicts: list[Verdict] = []
+        for metric in self.metrics:
+            values = {
+                arm: outcomes.loc[[arm], metric.name].to_numpy(dtype=float)
+                if arm in outcomes.index.get_level_values("arm")
+                else np.zeros(0)
+                for arm in self.study.arms
+            }
+            verdicts += judge(metric, values, self.study.baseline, self.study.confidence)
+        if self.complete:
+            return verdicts
+        done, total = len(self._replicas), len(self.study.replicas)
+        reason = f"no verdict before the study is complete: {done} of {total} runs are done"
+        return [
+            replace(verdict, verdict=None, reason=reason, seeds_needed=None) for verdict in verdicts
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything that matters as plain dicts and lists, ready for JSON."""
+        outcomes = self.outcomes()
+        return {
+            "study": self.study.model_dump(mode="json"),
+            "run": str(self.folder),
+            "seconds": round(self.seconds, 3),
+            "complete": self.complete,
+            "arms": {
+                arm: {
+                    metric.name: _summarize(outcomes, arm, metric.name) for metric in self.metrics
+                }
+                for arm in self.study.arms
+            },
+            "chosen_lr": {
+                arm: {str(seed): lr for seed, lr in rates.items()}
+                for arm, rates in self.chosen_lr.items()
+            },
+            "verdicts": [_verdict_dict(verdict) for verdict in self.verdicts],
+        }
+
+    def _replica_frame(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(
+            self._replicas, columns=["arm", "lr", "seed", "status", "step", "seconds"]
+        )
+
+    def _finished_seeds(self) -> list[int]:
+        finished = {(one["arm"], one["lr"], one["seed"]) for one in self._replicas}
+        return [
+            seed
+            for seed in self.study.seeds
+            if all((arm, lr, seed) in finished for arm in self.study.arms for lr in self.study.lr)
+        ]
+
+    @cached_property
+    def _outcome_table(self) -> pd.DataFrame:
+        """What each replica ended with: index arm, lr, seed; NaN where it failed."""
+        import pandas as pd
+
+        courses: dict[tuple[str, float, int], dict[tuple[str, str], list[tuple[int, float]]]] = {}
+        for m in self._measurements:  # Ordered by step within each replica, split and metric.
+            course = courses.setdefault((m["arm"], m["lr"], m["seed"]), {})
+            course.setdefault((m["split"], m["metric"]), []).append((m["step"], m["value"]))
+        rows = []
+        for replica in self._replicas:
+            key = replica["arm"], replica["lr"], replica["seed"]
+            ended = dict(zip(("arm", "lr", "seed"), key, strict=True))
+            course = courses.get(key, {})
+            numbers = self._numbers(course) if replica["status"] == "done" else {}
+            rows.append({**ended, "status": replica["status"], **numbers})
+        columns = ["status", "final_validation_accuracy", *(one.name for one in self.metrics)]
+        frame = pd.DataFrame(rows, columns=["arm", "lr", "seed", *columns])
+        return frame.set_index(["arm", "lr", "seed"]).sort_index()
+
+    def _numbers(self, course: dict[tuple[str, str], list[tuple[int, float]]]) -> dict[str, float]:
+        accuracy = course["test", "accuracy"]
+        reached = [step for step, value in accuracy if value >= self.study.target_accuracy]
+        numbers = {
+            "final_test_accuracy": accuracy[-1][1],
+            "final_test_loss": course["test", "loss"][-1][1],
+            "steps_to_target": float(reached[0]) if reached else math.nan,
+        }
+        if validation := course.get(("validation", "accuracy")):
+            best = max(range(len(validation)), key=lambda i: validation[i][1])
+            numbers["best_validation_test_accuracy"] = accuracy[best][1]
+            numbers["final_validation_accuracy"] = validation[-1][1]
+        return numbers
+
+
+def _summarize(outcomes: pd.DataFrame, arm: str, metric: str) -> dict[str, Any]:
+    if arm not in outcomes.index.get_level_values("arm"):
+        return {"mean": None, "sd": None, "n": 0, "failed": 0, "diverged": 0}
+    rows = outcomes.loc[[arm]]
+    values = rows[metric].dropna()
+    return {
+        "mean": float(values.mean()) if len(values) else None,
+        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
+        "n": len(values),
+        "failed": len(rows) - len(values),
+        "diverged": int((rows["status"] == "diverged").sum()),
+    }
+
+
+def _verdict_dict(verdict: Verdict) -> dict[str, Any]:
+    fields = dict(vars(verdict))
+    fields["metric"] = verdict.metric.name
+    fields["interval"] = list(verdict.interval) if verdict.interval else None
+    fields["failed"] = {verdict.arm: verdict.failed[0], verdict.baseline: verdict.failed[1]}
+    return fields

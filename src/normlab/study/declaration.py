@@ -1,0 +1,262 @@
+"""A study: everything that is declared before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from normlab.data import Splits
+from normlab.errors import InputError, did_you_mean
+from normlab.networks import build_network, parse_arm
+from normlab.training import Recipe, Replica
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Study", "bundled_studies", "find_study"]
+
+
+def _seeds(value: object) -> object:
+    """A single number is how many seeds there are, starting at 0; a list names them."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise InputError(f"{value} seeds: at least 1 is needed")
+        return tuple(range(value))
+    if isinstance(value, str):
+        raise InputError(f"expected a number of seeds or a list of them, got {value!r}")
+    return value
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, (str, int, float)) else value
+
+
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Study(Recipe):
+    """What is compared, on what, how often, and what difference would matter.
+
+    Frozen, checked when it is made, and the same in TOML: `Study.from_toml(study.to_toml())`
+    gives the study back.
+
+    >>> Study(name="mine", arms=["plain", "batch"], seeds=5).seeds
+    (0, 1, 2, 3, 4)
+    """
+
+    name: str = Field(
+        "study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder."
+    )
+    description: str = Field("", description="One line for people.")
+    arms: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        ("plain", "batch"),
+        min_length=1,
+        description="Variants of the network; the first is the baseline of every comparison.",
+    )
+    lr: Annotated[tuple[_Rate, ...], BeforeValidator(_one_or_more)] = Field(
+        (0.01,),
+        min_length=1,
+        description="Learning rates, the same for every arm; with several, each arm is reported at "
+        "the rate that is best on validation data by its other seeds.",
+    )
+    seeds: Annotated[tuple[_Seed, ...], BeforeValidator(_seeds)] = Field(
+        tuple(range(10)),
+        min_length=1,
+        description="How many seeds, or which; ten find a difference of one standard deviation "
+        "four times in five.",
+    )
+    target_accuracy: float = Field(
+        0.95, gt=0, le=1, description="Test accuracy whose first step is compared."
+    )
+    margin_accuracy: float = Field(
+        0.005, gt=0, description="Largest difference in accuracy that does not matter (a share)."
+    )
+    margin_loss: float = Field(
+        0.02, gt=0, description="Largest difference in loss that does not matter (nats)."
+    )
+    confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Of the intervals; the tests' level is the rest."
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _are_arms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        seen: dict[object, str] = {}
+        for text in value:
+            network = parse_arm(text).network
+            if network in seen:
+                raise InputError(f"arms {seen[network]!r} and {text!r} are the same network")
+            seen[network] = text
+        return value
+
+    @field_validator("lr", "seeds")
+    @classmethod
+    def _has_no_repeats(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise InputError("each may be named once")
+        return value
+
+    @model_validator(mode="after")
+    def _rates_need_validation_data(self) -> Study:
+        if len(self.lr) > 1 and not self.validation:
+            raise InputError(
+                "several learning rates need validation data to choose by: set validation above 0"
+            )
+        if len(self.lr) > 1 and len(self.seeds) == 1:
+            raise InputError(
+                "several learning rates need at least two seeds: an arm's rate is chosen by its "
+                "other seeds"
+            )
+        return self
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        return self.arms[0]
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Every training run; arms take turns, so that an interrupted study has all of them."""
+        return [
+            Replica(arm, lr, seed) for seed in self.seeds for lr in self.lr for arm in self.arms
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that is declared, but for the words that people read."""
+        declared = self.model_dump(mode="json", exclude={"name", "description"})
+        return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def make(cls, fields: Mapping[str, Any], source: str = "study") -> Study:
+        """Make a study, or say in one line what is wrong.
+
+        Args:
+            fields: By name.
+            source: Where they come from, for the message.
+
+        Raises:
+            InputError: A field is unknown or its value cannot be used.
+        """
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            raise InputError(f"{source}: {_explain(error)}") from None
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "study") -> Study:
+        """Read a study.
+
+        Args:
+            text: TOML.
+            source: Where it comes from, for messages.
+
+        Raises:
+            InputError: It is not TOML (the line is named), or not a study.
+        """
+        try:
+            fields = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{source}: not TOML: {error}") from None
+        return cls.make(fields, source)
+
+    def to_toml(self) -> str:
+        """Return the study as TOML, every field written out."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def with_fields(self, fields: Mapping[str, Any], source: str = "study") -> Study:
+        """Return a study in which some fields have other values.
+
+        Raises:
+            InputError: As `make`.
+        """
+        return Study.make({**self.model_dump(), **fields}, source)
+
+    def check_against(self, splits: Splits) -> None:
+        """Refuse what only the data can show to be impossible.
+
+        Raises:
+            InputError: A batch is larger than the training set, batch norm would get a batch of
+                one sample, or a network cannot be built for these images.
+        """
+        size = splits.size("train")
+        if self.batch_size > size:
+            raise InputError(
+                f"batch_size={self.batch_size} is larger than the training set ({size} images)"
+            )
+        alone = self.batch_size == 1 or (not self.drop_last and size % self.batch_size == 1)
+        for arm in self.arms:
+            if alone and parse_arm(arm).needs_batches:
+                raise InputError(
+                    f"arm {arm!r} would get a batch of one sample, whose variance is nothing "
+                    f"({size} images in batches of {self.batch_size}): "
+                    "choose another batch_size, or set drop_last"
+                )
+            build_network(
+                self.network,
+                arm,
+                seed=0,
+                image_shape=splits.dataset.image_shape,
+                classes=splits.dataset.classes,
+                activation=self.activation,
+            )
+
+
+def bundled_studies() -> dict[str, Study]:
+    """Return the studies that come with the package, by name."""
+    folder = resources.files(__package__) / "bundled"
+    studies = [
+        Study.from_toml(file.read_text("utf-8"), file.name)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".toml")
+    ]
+    return {study.name: study for study in studies}
+
+
+def find_study(name: str) -> Study:
+    """Return a bundled study by name, or read one from a TOML file.
+
+    Args:
+        name: A name of `bundled_studies()`, or a path that ends in `.toml`.
+
+    Raises:
+        InputError: There is no such study, or the file cannot be read.
+    """
+    if name.endswith(".toml"):
+        try:
+            return Study.from_toml(Path(name).read_text("utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{name}: cannot be read: {error}") from None
+    studies = bundled_studies()
+    if name not in studies:
+        raise InputError(
+            f"unknown study {name!r}{did_you_mean(name, studies)}: bundled are "
+            f"{', '.join(studies)}; a study of your own is a file whose name ends in .toml"
+        )
+    return studies[name]
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's first complaint into one line."""
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {field!r}{did_you_mean(field, Study.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":
+        message = message[:1].lower() + message[1:] + f", got {first['input']!r}"
+    return f"{field}: {message}" if field and field not in message else message

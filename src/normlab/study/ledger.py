@@ -1,0 +1,263 @@
+"""The ledger: a SQLite file that keeps a study's measurements as they are made."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from normlab.errors import InputError, LedgerError
+from normlab.study.declaration import Study
+from normlab.training import Measurement, Outcome, Replica
+
+__all__ = ["FILENAME", "Ledger"]
+
+FILENAME = "ledger.sqlite"
+_APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
+_SCHEMA = """
+CREATE TABLE study (fingerprint TEXT NOT NULL, declaration TEXT NOT NULL);
+CREATE TABLE session (
+    id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
+    versions TEXT NOT NULL, machine TEXT NOT NULL
+);
+CREATE TABLE replica (
+    arm TEXT, lr REAL, seed INTEGER, status TEXT NOT NULL, step INTEGER NOT NULL,
+    seconds REAL NOT NULL, PRIMARY KEY (arm, lr, seed)
+) WITHOUT ROWID;
+CREATE TABLE measurement (
+    arm TEXT, lr REAL, seed INTEGER, step INTEGER, epoch INTEGER NOT NULL, split TEXT, metric TEXT,
+    value REAL NOT NULL, PRIMARY KEY (arm, lr, seed, step, split, metric)
+) WITHOUT ROWID;
+"""
+
+
+class Ledger:
+    """One study's measurements, in one file, with one writer.
+
+    Every evaluation is a transaction, so a kill at any moment loses at most the one being written.
+    A replica without an outcome counts as not run: its measurements are dropped when the study
+    goes on, and made again.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self.path = path
+
+    @classmethod
+    @contextmanager
+    def write(cls, folder: Path, study: Study) -> Iterator[Ledger]:
+        """Open a folder's ledger to add to it, making both if they are not there.
+
+        Args:
+            folder: The run's.
+            study: What it must hold.
+
+        Raises:
+            InputError: The folder cannot be written, holds another study, or is in use.
+            LedgerError: The file there is damaged or is no ledger.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"{folder} is a file: name a folder with --out") from None
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+        lock = FileLock(folder / "ledger.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{folder} is in use by another run: wait for it, or name another"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+        try:
+            with cls._open(folder / FILENAME, "rwc") as ledger:
+                ledger._prepare(study)
+                yield ledger
+        finally:
+            lock.release()
+
+    @classmethod
+    @contextmanager
+    def read(cls, folder: Path) -> Iterator[Ledger]:
+        """Open a folder's ledger to read it, also while a run adds to it.
+
+        Raises:
+            InputError: There is none.
+            LedgerError: It is damaged or is no ledger.
+        """
+        path = folder / FILENAME
+        if not path.is_file():
+            raise InputError(f"{folder} holds no run: there is no {FILENAME} in it")
+        with cls._open(path, "ro") as ledger:
+            ledger._check()
+            yield ledger
+
+    @classmethod
+    @contextmanager
+    def _open(cls, path: Path, mode: str) -> Iterator[Ledger]:
+        connection = None
+        try:
+            uri = f"{path.absolute().as_uri()}?mode={mode}"
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+            yield cls(connection, path)
+        except sqlite3.OperationalError as error:
+            raise LedgerError(
+                f"{path}: {error}: what was measured before is kept; make room or choose another "
+                "folder, and run the same command again"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} is damaged ({error}): move it away to start anew") from None
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _check(self) -> None:
+        (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
+        if application_id != _APPLICATION_ID:
+            raise LedgerError(f"{self.path} is not a ledger of normlab: move it away to start anew")
+        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            found = " ".join(verdict.split())
+            raise LedgerError(f"{self.path} is damaged ({found}): move it away to start anew")
+
+    def _prepare(self, study: Study) -> None:
+        is_new = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not is_new:
+            self._check()
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode NORMAL loses nothing to a kill of the process; only a power cut can take the
+        # last transactions, and never the file.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        if is_new:
+            with self._transaction():
+                for statement in _SCHEMA.split(";"):
+                    self._connection.execute(statement)
+                self._connection.execute(
+                    "INSERT INTO study VALUES (?, ?)", (study.fingerprint, study.to_toml())
+                )
+                self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        held = self.study
+        if held.fingerprint != study.fingerprint:
+            raise InputError(
+                f"{self.path.parent} holds another study ({_difference(held, study)}): "
+                "name another folder with --out"
+            )
+        with self._transaction():
+            self._connection.execute(
+                "DELETE FROM measurement WHERE (arm, lr, seed) NOT IN "
+                "(SELECT arm, lr, seed FROM replica)"
+            )
+
+    def begin_session(self, workers: int) -> None:
+        """Note that measuring starts: when, with which versions, on what machine.
+
+        Args:
+            workers: Processes that train.
+        """
+        with self._transaction():
+            cursor = self._connection.execute(
+                "INSERT INTO session (started, seconds, workers, versions, machine) "
+                "VALUES (?, 0, ?, ?, ?)",
+                (
+                    datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    workers,
+                    json.dumps(_versions()),
+                    json.dumps(_machine()),
+                ),
+            )
+        self._session = cursor.lastrowid
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def add(self, event: Measurement | Outcome, seconds: float) -> None:
+        """Keep an event.
+
+        Args:
+            event: A measurement, or a replica's outcome.
+            seconds: How long the session has taken so far.
+        """
+        with self._transaction():
+            if isinstance(event, Measurement):
+                self._connection.executemany(
+                    "INSERT INTO measurement VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*event.replica, event.step, event.epoch, split, metric, value)
+                        for (split, metric), value in event.values.items()
+                    ],
+                )
+            else:
+                self._connection.execute(
+                    "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?)",
+                    (*event.replica, event.status, event.step, event.seconds),
+                )
+            self._connection.execute(
+                "UPDATE session SET seconds = ? WHERE id = ?", (seconds, self._session)
+            )
+
+    @property
+    def study(self) -> Study:
+        """The study that the ledger holds."""
+        (text,) = self._connection.execute("SELECT declaration FROM study").fetchone()
+        return Study.from_toml(text, str(self.path))
+
+    def finished(self) -> set[Replica]:
+        """Return the replicas that have an outcome."""
+        rows = self._connection.execute("SELECT arm, lr, seed FROM replica")
+        return {Replica(*row) for row in rows}
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """Return a table's rows in the order of its key.
+
+        Args:
+            table: `measurement`, `replica` or `session`.
+        """
+        order = {
+            "measurement": "arm, lr, seed, step, split, metric",
+            "replica": "arm, lr, seed",
+            "session": "id",
+        }[table]
+        cursor = self._connection.execute(f"SELECT * FROM {table} ORDER BY {order}")
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def _difference(held: Study, wanted: Study) -> str:
+    for field in Study.model_fields:
+        before, now = getattr(held, field), getattr(wanted, field)
+        if before != now and field not in ("name", "description"):
+            return f"its {field} is {before}, not {now}"
+    return "of another version of normlab"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("normlab", "torch", "numpy")
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": torch.get_num_threads(),
+    }

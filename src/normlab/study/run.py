@@ -1,0 +1,62 @@
+"""Runs what a study declares and its ledger does not hold yet."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+from normlab.data import load, split
+from normlab.study.declaration import Study
+from normlab.study.ledger import Ledger
+from normlab.training import Measurement, Outcome, run_replicas
+
+__all__ = ["Watcher", "run"]
+
+
+class Watcher(Protocol):
+    """Follows a run, to show it to somebody."""
+
+    def begin(self, done: int, total: int) -> None:
+        """Hear how many replicas the ledger holds, and of how many, before the first is trained."""
+
+    def __call__(self, event: Measurement | Outcome) -> None:
+        """Hear of an event, after it is kept."""
+
+
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    workers: int = 1,
+    watcher: Watcher | None = None,
+) -> None:
+    """Train the replicas that are missing in a folder's ledger.
+
+    Args:
+        study: What to run.
+        folder: Made if it is not there.
+        workers: Processes to train in.
+        watcher: Told how things go.
+
+    Raises:
+        InputError: The study cannot be run on its data, or the folder cannot be used.
+        LedgerError: The ledger is damaged, or the disk is full.
+        NormlabError: A worker process died.
+    """
+    study.check_against(split(load(study.dataset), study.validation))
+    with Ledger.write(folder, study) as ledger:
+        finished = ledger.finished()
+        missing = [replica for replica in study.replicas if replica not in finished]
+        if watcher:
+            watcher.begin(len(finished), len(study.replicas))
+        if not missing:
+            return
+        ledger.begin_session(workers)
+        started = time.perf_counter()
+        with closing(run_replicas(study, missing, workers)) as events:
+            for event in events:
+                ledger.add(event, time.perf_counter() - started)
+                if watcher:
+                    watcher(event)

@@ -1,0 +1,265 @@
+"""Verdicts: what the differences between two arms, seed by seed, allow to be said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from normlab import statistics
+
+__all__ = ["MINIMUM_SEEDS", "Metric", "Verdict", "Word", "judge"]
+
+MINIMUM_SEEDS = 5
+"""Below this no test means much: five seeds cannot even bring the sign-flip p under 0.05."""
+
+Word = Literal["better", "worse", "equivalent", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a replica ends with.
+
+    Attributes:
+        name: For programs.
+        label: For people.
+        higher_is_better: Which way is better.
+        margin: The largest difference that does not matter, or None if none was declared.
+        unit: `points` (of accuracy, shown × 100), `nats` or `steps`.
+        failure: What it means that a replica has no value.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    margin: float | None
+    unit: Literal["points", "nats", "steps"]
+    failure: str = "diverged"
+
+    def show(self, value: float, *, signed: bool = False) -> str:
+        """Return a value, or with `signed` a difference, as people read it, without its unit.
+
+        >>> Metric("a", "accuracy", True, None, "points").show(0.0125, signed=True)
+        '+1.25'
+        """
+        scaled = value * 100 if self.unit == "points" else value
+        digits = {"points": 2, "nats": 4, "steps": 0}[self.unit]
+        return f"{scaled:{'+' if signed else ''},.{digits}f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one metric says of one arm against the baseline.
+
+    Attributes:
+        metric: Which number.
+        arm: Which arm.
+        baseline: Against which.
+        n: Pairs of runs, one a seed.
+        difference: Mean of arm − baseline, in the metric's unit (accuracy as a share); None where
+            a run failed, for then there is no mean.
+        interval: Confidence interval of the difference.
+        confidence: Of the interval.
+        p: Of the paired t test; of the exact sign test where a run failed.
+        p_sign_flip: Of the exact sign-flip permutation test, a second opinion.
+        p_holm: `p`, adjusted for the family of all arms against the baseline.
+        p_equivalence: Of two one-sided tests against the margin, adjusted likewise.
+        deviation: Standard deviation of the differences.
+        effect_size: d_z, the difference in standard deviations of the differences.
+        share_improved: Share of seeds in which the arm was better.
+        correlation: Between the arms over seeds; pairing is worth nothing near 0.
+        equivalence_margin: The declared one.
+        failed: Runs without a value, of the arm and of the baseline.
+        verdict: The word, or None with the reason in `reason`.
+        reason: Why there is no verdict, or what goes with it.
+        seeds_needed: About how many more seeds would decide it; 0 if it is decided, None if more
+            than 1,000 or unknown.
+    """
+
+    metric: Metric
+    arm: str
+    baseline: str
+    n: int
+    difference: float | None
+    interval: tuple[float, float] | None
+    confidence: float
+    p: float | None
+    p_sign_flip: float | None
+    p_holm: float | None
+    p_equivalence: float | None
+    deviation: float | None
+    effect_size: float | None
+    share_improved: float | None
+    correlation: float | None
+    equivalence_margin: float | None
+    failed: tuple[int, int]
+    verdict: Word | None
+    reason: str
+    seeds_needed: int | None
+
+
+def judge(
+    metric: Metric,
+    values: Mapping[str, ArrayLike],
+    baseline: str,
+    confidence: float = 0.95,
+    minimum_seeds: int = MINIMUM_SEEDS,
+) -> list[Verdict]:
+    """Compare every arm with the baseline.
+
+    An arm is *equivalent* if two one-sided tests put the difference inside ±margin, *better* or
+    *worse* if a paired t test tells it from zero, and otherwise the result is *inconclusive*; both
+    kinds of p are adjusted by Holm's method over the arms. Equivalence goes first: a difference
+    that was declared not to matter does not begin to matter because it was measured well.
+
+    A run that failed has no value to average. If there is one, the exact sign test stands in for
+    the t test, a failed run loses against one that did not fail, and no size is given.
+
+    Args:
+        metric: What the values are.
+        values: For each arm, shape (n,): one value a seed, in the same order, NaN for a failure.
+        baseline: The arm that the others are compared with.
+        confidence: Of intervals; the tests' level is 1 − confidence.
+        minimum_seeds: With fewer seeds there is no verdict.
+
+    >>> accuracy = Metric("final_test_accuracy", "accuracy", True, 0.005, "points")
+    >>> plain, batch = [0.94, 0.95, 0.94, 0.93, 0.94], [0.96, 0.97, 0.965, 0.96, 0.965]
+    >>> judge(accuracy, {"plain": plain, "batch": batch}, "plain")[0].verdict
+    'better'
+    """
+    reference = np.asarray(values[baseline], dtype=float)
+    measured = [
+        _measure(metric, arm, np.asarray(values[arm], dtype=float), baseline, reference, confidence)
+        for arm in values
+        if arm != baseline
+    ]
+    p_holm = _adjusted([one.p for one in measured])
+    p_equivalence = _adjusted([one.p_equivalence for one in measured])
+    return [
+        _decide(
+            replace(one, p_holm=p_holm[i], p_equivalence=p_equivalence[i]),
+            minimum_seeds,
+            family=len(measured),
+        )
+        for i, one in enumerate(measured)
+    ]
+
+
+def _measure(
+    metric: Metric,
+    arm: str,
+    ours: NDArray[np.float64],
+    baseline: str,
+    theirs: NDArray[np.float64],
+    confidence: float,
+) -> Verdict:
+    """Fill in the numbers, and as verdict the direction, should they turn out to differ."""
+    n, sign = len(ours), 1 if metric.higher_is_better else -1
+    failed = int(np.isnan(ours).sum()), int(np.isnan(theirs).sum())
+    # A failed run is worse than any other.
+    our_gain = np.where(np.isnan(ours), -np.inf, sign * ours)
+    their_gain = np.where(np.isnan(theirs), -np.inf, sign * theirs)
+    wins, losses = int(np.sum(our_gain > their_gain)), int(np.sum(our_gain < their_gain))
+    one = Verdict(
+        metric=metric,
+        arm=arm,
+        baseline=baseline,
+        n=n,
+        difference=None,
+        interval=None,
+        confidence=confidence,
+        p=None,
+        p_sign_flip=None,
+        p_holm=None,
+        p_equivalence=None,
+        deviation=None,
+        effect_size=None,
+        share_improved=wins / n if n else None,
+        correlation=None,
+        equivalence_margin=metric.margin,
+        failed=failed,
+        verdict="better" if wins > losses else "worse",
+        reason="",
+        seeds_needed=None,
+    )
+    if any(failed):
+        return replace(one, p=statistics.sign_test_p(wins, losses))
+    differences = ours - theirs
+    if n < 2:
+        return replace(one, difference=float(differences[0]) if n else None)
+    test = statistics.paired_t(differences, confidence)
+    correlation = statistics.correlation(ours, theirs)
+    return replace(
+        one,
+        difference=test.mean,
+        interval=(test.low, test.high),
+        p=test.p,
+        p_sign_flip=statistics.sign_flip_p(differences),
+        p_equivalence=(
+            None if metric.margin is None else statistics.equivalence_p(differences, metric.margin)
+        ),
+        deviation=float(differences.std(ddof=1)),
+        effect_size=test.effect_size if math.isfinite(test.effect_size) else None,
+        correlation=None if math.isnan(correlation) else correlation,
+        verdict="better" if sign * test.mean > 0 else "worse",
+    )
+
+
+def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
+    alpha = 1 - one.confidence
+    if one.n < minimum_seeds:
+        return replace(
+            one,
+            verdict=None,
+            reason=f"no verdict from {one.n} seed{'s' * (one.n != 1)}: {minimum_seeds} are needed",
+            seeds_needed=minimum_seeds - one.n,
+        )
+    reasons = []
+    if any(one.failed):
+        ours, theirs = one.failed
+        reasons.append(
+            f"{ours} of {one.n} runs of {one.arm} and {theirs} of {one.baseline} "
+            f"{one.metric.failure}, so the sign test decides and there is no mean difference"
+        )
+    differs = one.p_holm is not None and one.p_holm < alpha
+    if one.p_equivalence is not None and one.p_equivalence < alpha:
+        if differs:
+            reasons.append("a difference is there, and it is inside the margin")
+        return replace(one, verdict="equivalent", reason="; ".join(reasons), seeds_needed=0)
+    if differs:
+        return replace(one, reason="; ".join(reasons), seeds_needed=0)
+    if one.p is not None and one.p < alpha:
+        reasons.append(f"it would pass alone, but not as one of {family} comparisons (Holm)")
+    return replace(
+        one,
+        verdict="inconclusive",
+        reason="; ".join(reasons),
+        seeds_needed=_seeds_needed(one, alpha / family),
+    )
+
+
+def _seeds_needed(one: Verdict, alpha: float) -> int | None:
+    """Return how many more seeds would decide it four times in five, if this is how things are."""
+    if one.difference is None or one.deviation is None:
+        return None
+    totals = []
+    if one.effect_size:
+        totals.append(statistics.seeds_for_difference(one.effect_size, alpha))
+    if one.equivalence_margin:
+        totals.append(
+            statistics.seeds_for_equivalence(
+                one.difference, one.deviation, one.equivalence_margin, alpha
+            )
+        )
+    reached = [total for total in totals if total is not None]
+    return max(min(reached) - one.n, 1) if reached else None
+
+
+def _adjusted(p: Sequence[float | None]) -> list[float | None]:
+    """Adjust the p values that there are, by Holm's method."""
+    adjusted = iter(statistics.holm([value for value in p if value is not None]).tolist())
+    return [None if value is None else next(adjusted) for value in p]

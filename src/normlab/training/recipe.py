@@ -1,0 +1,132 @@
+"""What a training run is made of, apart from its arm, learning rate and seed."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from normlab.data import SCALINGS, dataset_names
+from normlab.errors import InputError, did_you_mean
+from normlab.networks import ACTIVATIONS, INITS, check_network
+
+__all__ = ["Measurement", "Outcome", "Recipe", "Replica"]
+
+
+class Replica(NamedTuple):
+    """One training run."""
+
+    arm: str
+    lr: float
+    seed: int
+
+
+class Measurement(NamedTuple):
+    """What one evaluation of a replica saw.
+
+    Attributes:
+        replica: Which one.
+        step: Optimizer steps taken.
+        epoch: Epochs finished.
+        values: (split, metric) to value; metrics are `loss` (mean cross-entropy, nats) and
+            `accuracy` (a share).
+    """
+
+    replica: Replica
+    step: int
+    epoch: int
+    values: dict[tuple[str, str], float]
+
+
+class Outcome(NamedTuple):
+    """How a replica ended.
+
+    Attributes:
+        replica: Which one.
+        status: `done`, or `diverged` if its loss ceased to be a finite number.
+        step: The last step at which it was looked at.
+        seconds: Wall-clock time it took, evaluation included.
+    """
+
+    replica: Replica
+    status: Literal["done", "diverged"]
+    step: int
+    seconds: float
+
+
+class Recipe(BaseModel):
+    """Data, network and optimizer: what all the replicas of a study have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dataset: str = Field("mnist", description="Data set; mnist comes with the package.")
+    validation: int = Field(
+        5000,
+        ge=0,
+        description="Training images held out for choices, so that none is made on the test set.",
+    )
+    scaling: str = Field("0..1", description="Range that bytes are scaled to: 0..1 or -1..1.")
+    network: str = Field("mlp:32,32", description="mlp:SIZES or lenet.")
+    activation: str = Field("relu", description="Activation of the hidden layers.")
+    init: str = Field(
+        "torch", description="First weights: torch's own scheme, or xavier, which some texts use."
+    )
+    optimizer: str = Field(
+        "adam", description="adam, which forgives a wrong learning rate most, or sgd."
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd; plain sgd has none.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="L2 penalty, added to the gradient of every parameter as in torch."
+    )
+    batch_size: int = Field(32, ge=1, description="Samples in a batch; it sets batch norm's noise.")
+    drop_last: bool = Field(
+        True,
+        description="Leave out an epoch's last, smaller batch: its statistics are noisier.",
+    )
+    epochs: int = Field(10, ge=1, description="Times that the training set is seen.")
+    evaluate_every: int = Field(
+        0, ge=0, description="Evaluate every so many steps too; 0 for the ends of epochs alone."
+    )
+
+    @field_validator("dataset", "scaling", "activation", "init", "optimizer")
+    @classmethod
+    def _is_known(cls, value: str, info: ValidationInfo) -> str:
+        known = {
+            "dataset": dataset_names(),
+            "scaling": list(SCALINGS),
+            "activation": list(ACTIVATIONS),
+            "init": list(INITS),
+            "optimizer": ["adam", "sgd"],
+        }[str(info.field_name)]
+        if value not in known:
+            raise InputError(
+                f"unknown {info.field_name} {value!r}{did_you_mean(value, known)}: "
+                f"known are {', '.join(known)}"
+            )
+        return value
+
+    @field_validator("network")
+    @classmethod
+    def _is_a_network(cls, value: str) -> str:
+        check_network(value)
+        return value
+
+    @model_validator(mode="after")
+    def _momentum_has_an_optimizer(self) -> Recipe:
+        if self.momentum and self.optimizer != "sgd":
+            raise InputError(f"momentum={self.momentum} belongs to sgd, not {self.optimizer}")
+        return self
+
+    def steps_per_epoch(self, train_size: int) -> int:
+        """Return how many batches an epoch has."""
+        if self.drop_last:
+            return train_size // self.batch_size
+        return math.ceil(train_size / self.batch_size)

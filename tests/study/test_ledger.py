@@ -1,0 +1,159 @@
+import sqlite3
+
+import pytest
+
+from normlab.errors import InputError, LedgerError
+from normlab.study import Study
+from normlab.study.ledger import FILENAME, Ledger
+from normlab.training import Measurement, Outcome, Replica
+
+STUDY = Study(seeds=2)
+FIRST = Replica("plain", 0.01, 0)
+VALUES = {("test", "loss"): 0.1 + 0.2, ("test", "accuracy"): 0.9}
+
+
+def fill(folder, *events):
+    with Ledger.write(folder, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        for event in events:
+            ledger.add(event, seconds=1.5)
+
+
+def read(folder, table):
+    with Ledger.read(folder) as ledger:
+        return ledger.rows(table)
+
+
+def test_what_is_kept_is_read_back_exactly(tmp_path):
+    fill(tmp_path / "run", Measurement(FIRST, 10, 1, VALUES), Outcome(FIRST, "done", 10, 2.5))
+    with Ledger.read(tmp_path / "run") as ledger:
+        assert ledger.study == STUDY
+        assert ledger.finished() == {FIRST}
+    rows = read(tmp_path / "run", "measurement")
+    key = {"arm": "plain", "lr": 0.01, "seed": 0, "step": 10, "epoch": 1, "split": "test"}
+    assert rows == [
+        {**key, "metric": "accuracy", "value": 0.9},
+        {**key, "metric": "loss", "value": 0.1 + 0.2},
+    ]
+    (session,) = read(tmp_path / "run", "session")
+    assert (session["seconds"], session["workers"]) == (1.5, 1)
+    assert '"torch"' in session["versions"]
+
+
+def test_what_a_replica_without_outcome_measured_is_made_again(tmp_path):
+    second = Replica("batch", 0.01, 0)
+    fill(
+        tmp_path,
+        Measurement(FIRST, 10, 1, VALUES),
+        Outcome(FIRST, "done", 10, 1.0),
+        Measurement(second, 10, 1, VALUES),
+    )
+    assert {row["arm"] for row in read(tmp_path, "measurement")} == {"plain", "batch"}
+    fill(tmp_path, Measurement(second, 10, 1, VALUES))
+    fill(tmp_path)
+    assert {row["arm"] for row in read(tmp_path, "measurement")} == {"plain"}
+
+
+def test_a_measurement_is_kept_whole_or_not_at_all(tmp_path):
+    broken = Measurement(FIRST, 10, 1, {**VALUES, ("test", "nothing"): None})
+    with pytest.raises(LedgerError):
+        fill(tmp_path, broken)
+    assert read(tmp_path, "measurement") == []
+
+
+def test_measurements_can_be_read_while_a_run_adds_to_them(tmp_path):
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        ledger.add(Measurement(FIRST, 10, 1, VALUES), seconds=1.0)
+        assert len(read(tmp_path, "measurement")) == 2
+
+
+def test_a_folder_with_another_study_is_refused_and_left_alone(tmp_path):
+    fill(tmp_path)
+    before = (tmp_path / FILENAME).read_bytes()
+    other = STUDY.with_fields({"epochs": 3})
+    with (
+        pytest.raises(InputError, match=r"holds another study \(its epochs is 10, not 3\)"),
+        Ledger.write(tmp_path, other),
+    ):
+        pass
+    assert (tmp_path / FILENAME).read_bytes() == before
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    with (
+        Ledger.write(tmp_path, STUDY),
+        pytest.raises(InputError, match="in use by another run"),
+        Ledger.write(tmp_path, STUDY),
+    ):
+        pass
+
+
+def test_a_lock_ends_with_its_writer(tmp_path):
+    fill(tmp_path)
+    fill(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        fill(tmp_path / "run")
+    with pytest.raises(InputError, match="cannot be written"):
+        fill(tmp_path / "run" / "below")
+    assert (tmp_path / "run").read_text() == "x"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        read(tmp_path, "replica")
+    with pytest.raises(InputError, match="holds no run"):
+        read(tmp_path / "absent", "replica")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "torn"])
+def test_a_damaged_ledger_is_refused_and_left_alone(tmp_path, damage):
+    fill(tmp_path, *(Measurement(FIRST, step, 1, VALUES) for step in range(500)))
+    path = tmp_path / FILENAME
+    good = path.read_bytes()
+    bad = {
+        "garbage": b"not a database at all, but long enough to look like one" * 40,
+        "cut": good[: len(good) // 2],
+        "torn": good[:8192] + b"\xff" * 8192 + good[16384:],
+    }[damage]
+    path.write_bytes(bad)
+    for attempt in (lambda: fill(tmp_path), lambda: read(tmp_path, "measurement")):
+        with pytest.raises(LedgerError, match="move it away to start anew") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == bad
+
+
+def test_another_programs_database_is_refused(tmp_path):
+    connection = sqlite3.connect(tmp_path / FILENAME)
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.commit()
+    connection.close()
+    before = (tmp_path / FILENAME).read_bytes()
+    with pytest.raises(LedgerError, match="is not a ledger of normlab"):
+        fill(tmp_path)
+    with pytest.raises(LedgerError, match="is not a ledger of normlab"):
+        read(tmp_path, "measurement")
+    assert (tmp_path / FILENAME).read_bytes() == before
+
+
+def test_a_full_disk_keeps_what_was_measured(tmp_path):
+    steps = []
+
+    def fill_the_disk():
+        with Ledger.write(tmp_path, STUDY) as ledger:
+            ledger.begin_session(workers=1)
+            (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
+            ledger._connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+            for step in range(10_000):
+                ledger.add(Measurement(FIRST, step, 1, VALUES), seconds=1.0)
+                steps.append(step)
+
+    with pytest.raises(LedgerError, match="full"):
+        fill_the_disk()
+    assert sorted({row["step"] for row in read(tmp_path, "measurement")}) == steps
+    assert len(steps) > 10
