@@ -12,8 +12,9 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from normlab import statistics
 
+# Multiples of 1/1024: far enough apart that no two sums are equal but for their last digits.
 samples = hnp.arrays(
-    float, st.integers(3, 12), elements=st.floats(-1, 1, width=32), unique=True
+    float, st.integers(3, 12), elements=st.integers(-1024, 1024).map(lambda k: k / 1024)
 ).filter(lambda values: values.std() > 1e-3)
 
 
@@ -22,7 +23,8 @@ def test_paired_t_is_scipys(differences, confidence):
     ours = statistics.paired_t(differences, confidence)
     theirs = stats.ttest_rel(differences, np.zeros_like(differences))
     low, high = theirs.confidence_interval(confidence)
-    assert ours[:4] == pytest.approx((differences.mean(), low, high, theirs.pvalue), rel=1e-9)
+    expected = differences.mean(), low, high, theirs.pvalue
+    assert ours[:4] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert ours.effect_size == pytest.approx(theirs.statistic / math.sqrt(len(differences)))
 
 
@@ -32,7 +34,7 @@ def test_paired_t_of_equal_differences_is_a_point():
 
 
 @given(samples)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_sign_flip_p_is_scipys_exact_permutation_test(differences):
     theirs = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
@@ -104,6 +106,21 @@ def test_seeds_for_equivalence_give_the_power_they_promise():
 @pytest.mark.parametrize(("mean", "deviation"), [(1.0, 0.5), (2.0, 0.5), (0.99, 10.0)])
 def test_seeds_for_equivalence_has_no_answer_at_or_near_the_margin(mean, deviation):
     assert statistics.seeds_for_equivalence(mean, deviation, margin=1.0) is None
+
+
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(5, 0, 0), (8, 2, 0), (5, 0, 5), (7, 3, 2)])
+def test_seeds_for_sign_test_give_the_power_they_promise(wins, losses, ties):
+    n = statistics.seeds_for_sign_test(wins, losses, ties)
+    shares = [share / (wins + losses + ties) for share in (wins, losses, ties)]
+    draws = np.random.default_rng(0).multinomial(n, shares, 2000)
+    found = [w > x and statistics.sign_test_p(int(w), int(x)) < 0.05 for w, x, _ in draws]
+    assert np.mean(found) > (0.5 if ties else 0.78)
+
+
+def test_seeds_for_sign_test_has_no_answer_where_nobody_is_ahead():
+    assert statistics.seeds_for_sign_test(4, 4) is None
+    assert statistics.seeds_for_sign_test(0, 0, 10) is None
+    assert statistics.seeds_for_sign_test(501, 499) is None
 
 
 def test_mean_interval_is_taken_along_its_axis():

@@ -135,8 +135,10 @@ def _print(comparison: normlab.Comparison, as_json: bool) -> None:
     for sentence in reports.headline(comparison):
         console.print(sentence, style="bold", markup=False)
     console.print()
-    console.print(reports.terminal_table(comparison))
+    console.print(reports.TerminalTable(comparison))
     console.print()
+    for remark in reports.remarks(comparison):
+        console.print(remark, markup=False)
     console.print(f"Report: {comparison.folder / 'report.html'}", markup=False, soft_wrap=True)
 
 

@@ -41,7 +41,8 @@ class Comparison(studies.Comparison):
         return reports.write(self, Path(path) if path is not None else self.folder)
 
     def __str__(self) -> str:
-        return "\n".join([*reports.headline(self), "", reports.text_table(self)])
+        lines = [*reports.headline(self), "", reports.text_table(self), "", *reports.remarks(self)]
+        return "\n".join(lines).strip()
 
     __repr__ = __str__
 

@@ -22,6 +22,7 @@ __all__ = [
     "paired_t",
     "seeds_for_difference",
     "seeds_for_equivalence",
+    "seeds_for_sign_test",
     "sign_flip_p",
     "sign_test_p",
 ]
@@ -243,6 +244,41 @@ def seeds_for_equivalence(
         return below + above - 1 >= power
 
     return _least(reaches)
+
+
+def seeds_for_sign_test(
+    wins: int, losses: int, ties: int = 0, alpha: float = 0.05, power: float = 0.8
+) -> int | None:
+    """Return how many seeds a sign test needs if shares of wins and losses stay as they are.
+
+    Args:
+        wins: Seeds so far in which the arm was better.
+        losses: Seeds in which it was worse.
+        ties: Seeds that say nothing.
+        alpha: Two-sided level of the test.
+        power: The chance of a decision, and with the right sign.
+
+    Returns:
+        The least number of seeds, or None above 1,000 or where neither side is ahead.
+
+    >>> seeds_for_sign_test(5, 0), seeds_for_sign_test(3, 3)
+    (6, None)
+    """
+    from scipy import stats
+
+    told = wins + losses
+    if wins == losses:
+        return None
+    share = max(wins, losses) / told
+
+    def reaches(n: int) -> bool:
+        # isf is the most that chance exceeds with this probability: one more is significant.
+        needed = stats.binom.isf(alpha / 2, n, 0.5) + 1
+        return bool(stats.binom.sf(needed - 1, n, share) >= power)
+
+    decisive = _least(reaches)
+    total = None if decisive is None else math.ceil(decisive * (told + ties) / told)
+    return total if total is not None and total <= _MOST_SEEDS else None
 
 
 def _critical(tail: float, n: int) -> float:

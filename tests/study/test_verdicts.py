@@ -93,6 +93,13 @@ def test_an_arm_that_always_fails_is_worse():
     assert (one.verdict, one.failed) == ("worse", (10, 0))
 
 
+def test_failures_that_do_not_decide_say_how_many_seeds_would():
+    plain, batch = np.full(6, NAN), np.append(NAN, np.full(5, 0.96))
+    one = verdict(ACCURACY, plain, batch)
+    assert (one.verdict, one.wins, one.losses, one.p) == ("inconclusive", 5, 0, 0.0625)
+    assert one.seeds_needed == 2  # Six that tell, where five of six do.
+
+
 def test_two_arms_that_always_fail_are_not_told_apart():
     one = verdict(ACCURACY, np.full(10, NAN), np.full(10, NAN))
     assert (one.verdict, one.p) == ("inconclusive", 1)

@@ -3,18 +3,19 @@
 from normlab.report.charts import CHARTS, chart
 from normlab.report.live import Live
 from normlab.report.page import html, write
-from normlab.report.table import html_table, terminal_table, text_table
-from normlab.report.wording import headline, sentence
+from normlab.report.table import TerminalTable, html_table, text_table
+from normlab.report.wording import headline, remarks, sentence
 
 __all__ = [
     "CHARTS",
     "Live",
+    "TerminalTable",
     "chart",
     "headline",
     "html",
     "html_table",
+    "remarks",
     "sentence",
-    "terminal_table",
     "text_table",
     "write",
 ]

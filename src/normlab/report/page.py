@@ -13,7 +13,7 @@ from typing import Any
 from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, chart
-from normlab.report.table import html_table
+from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline
 from normlab.study import Comparison
 
@@ -72,6 +72,7 @@ def html(comparison: Comparison) -> str:
         description=escape(comparison.study.description),
         answer="".join(f"<p>{escape(sentence)}</p>" for sentence in headline(comparison)),
         table=html_table(comparison),
+        evidence=evidence_table(comparison) if comparison.verdicts else "",
         figures=figures,
         details=_details(comparison),
         declaration=escape(comparison.study.to_toml()),
@@ -96,12 +97,22 @@ def _svg(spec: str) -> str:
     return str(vl_convert.vegalite_to_svg(spec))
 
 
+def _evaluated(comparison: Comparison) -> str:
+    steps = comparison.study.evaluate_every
+    often = f" and every {steps:,} steps" if steps else ""
+    return (
+        f"after every epoch of {comparison.steps_per_epoch:,} steps{often}, in eval mode; "
+        "steps to a target are counted at evaluations"
+    )
+
+
 def _details(comparison: Comparison) -> str:
     """Return the rows that say how the numbers came about."""
     rows = [
         ("Seeds", ", ".join(map(str, comparison.study.seeds))),
         ("Runs", f"{len(comparison.study.replicas)}"),
         ("Time spent measuring", duration(comparison.seconds)),
+        ("Evaluated", _evaluated(comparison)),
     ]
     if len(comparison.study.lr) > 1:
         rates = ", ".join(f"{arm} {lr:g}" for arm, lr in comparison.reported_lr.items())

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from normlab.study import Comparison, Metric, Verdict
 
-__all__ = ["difference", "duration", "headline", "interval", "mean_and_sd", "sentence", "word"]
+__all__ = [
+    "difference",
+    "duration",
+    "headline",
+    "interval",
+    "mean_and_sd",
+    "remarks",
+    "sentence",
+    "word",
+]
 
 
 def difference(verdict: Verdict, *, unit: bool = True) -> str:
@@ -33,12 +42,8 @@ def mean_and_sd(metric: Metric, summary: dict[str, float | None]) -> str:
 
 
 def word(verdict: Verdict) -> str:
-    """Return the verdict, with what it would take if there is none yet."""
-    if verdict.verdict is None:
-        return "no verdict"
-    if verdict.verdict == "inconclusive":
-        return f"inconclusive ({_more_seeds(verdict)})"
-    return verdict.verdict
+    """Return the verdict in a word or two."""
+    return verdict.verdict or "no verdict"
 
 
 def sentence(verdict: Verdict) -> str:
@@ -72,6 +77,16 @@ def headline(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def remarks(comparison: Comparison) -> list[str]:
+    """Return a sentence for each verdict on the other metrics that does not speak for itself."""
+    first = comparison.metrics[0].name
+    return [
+        sentence(one)
+        for one in comparison.verdicts
+        if one.metric.name != first and one.verdict and (one.reason or one.seeds_needed != 0)
+    ]
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it.
 
@@ -87,5 +102,5 @@ def duration(seconds: float) -> str:
 
 def _more_seeds(verdict: Verdict) -> str:
     if verdict.seeds_needed is None:
-        return "no number of seeds is in sight"
+        return "more than 1,000 more seeds"
     return f"about {verdict.seeds_needed} more seed{'s' * (verdict.seeds_needed != 1)}"

@@ -306,6 +306,7 @@ def _summarize(outcomes: pd.DataFrame, arm: str, metric: str) -> dict[str, Any]:
 def _verdict_dict(verdict: Verdict) -> dict[str, Any]:
     fields = dict(vars(verdict))
     fields["metric"] = verdict.metric.name
+    fields["share_improved"] = verdict.share_improved
     fields["interval"] = list(verdict.interval) if verdict.interval else None
     fields["failed"] = {verdict.arm: verdict.failed[0], verdict.baseline: verdict.failed[1]}
     return fields

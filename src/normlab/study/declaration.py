@@ -176,7 +176,9 @@ class Study(Recipe):
         """Return the study as TOML, every field written out."""
         import tomli_w
 
-        return tomli_w.dumps(self.model_dump(mode="json"))
+        fields = self.model_dump(mode="json")
+        own = {name: value for name, value in fields.items() if name not in Recipe.model_fields}
+        return tomli_w.dumps({**own, **fields})
 
     def with_fields(self, fields: Mapping[str, Any], source: str = "study") -> Study:
         """Return a study in which some fields have other values.

@@ -70,7 +70,8 @@ class Verdict:
         p_equivalence: Of two one-sided tests against the margin, adjusted likewise.
         deviation: Standard deviation of the differences.
         effect_size: d_z, the difference in standard deviations of the differences.
-        share_improved: Share of seeds in which the arm was better.
+        wins: Seeds in which the arm was better.
+        losses: Seeds in which it was worse.
         correlation: Between the arms over seeds; pairing is worth nothing near 0.
         equivalence_margin: The declared one.
         failed: Runs without a value, of the arm and of the baseline.
@@ -93,13 +94,19 @@ class Verdict:
     p_equivalence: float | None
     deviation: float | None
     effect_size: float | None
-    share_improved: float | None
+    wins: int
+    losses: int
     correlation: float | None
     equivalence_margin: float | None
     failed: tuple[int, int]
     verdict: Word | None
     reason: str
     seeds_needed: int | None
+
+    @property
+    def share_improved(self) -> float | None:
+        """Share of seeds in which the arm was better."""
+        return self.wins / self.n if self.n else None
 
 
 def judge(
@@ -178,7 +185,8 @@ def _measure(
         p_equivalence=None,
         deviation=None,
         effect_size=None,
-        share_improved=wins / n if n else None,
+        wins=wins,
+        losses=losses,
         correlation=None,
         equivalence_margin=metric.margin,
         failed=failed,
@@ -244,12 +252,13 @@ def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
 
 def _seeds_needed(one: Verdict, alpha: float) -> int | None:
     """Return how many more seeds would decide it four times in five, if this is how things are."""
-    if one.difference is None or one.deviation is None:
-        return None
     totals = []
+    if one.difference is None:
+        ties = one.n - one.wins - one.losses
+        totals.append(statistics.seeds_for_sign_test(one.wins, one.losses, ties, alpha))
     if one.effect_size:
         totals.append(statistics.seeds_for_difference(one.effect_size, alpha))
-    if one.equivalence_margin:
+    if one.difference is not None and one.deviation and one.equivalence_margin:
         totals.append(
             statistics.seeds_for_equivalence(
                 one.difference, one.deviation, one.equivalence_margin, alpha
