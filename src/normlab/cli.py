@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -47,7 +48,7 @@ class _Compare:
     workers: Annotated[
         str,
         tyro.conf.arg(help="Processes to train in; the numbers do not depend on it.", metavar="N"),
-    ] = str(os.cpu_count() or 1)
+    ] = str(torch.get_num_threads())
     json: _Json = False
 
     def run(self) -> None:

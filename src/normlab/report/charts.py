@@ -64,11 +64,8 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
         split=curves["split"].map(_SPLITS),
         epochs=curves["step"] / max(comparison.steps_per_epoch, 1),
     )
-    n = (
-        "–".join(str(count) for count in sorted({data["n"].min(), data["n"].max()}))
-        if len(data)
-        else 0
-    )
+    counts = sorted({data["n"].min(), data["n"].max()}) if len(data) else [0]
+    n = "–".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
     picked = alt.selection_point(fields=["arm"], bind="legend")
     number = ".2%" if metric == "accuracy" else ".4f"
     base = alt.Chart(data).encode(
@@ -107,7 +104,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
         .add_params(picked)
         .properties(
             title=alt.TitleParams(
-                CHARTS[metric], subtitle=f"mean of {n} seeds; band: {band}", anchor="start"
+                CHARTS[metric], subtitle=f"mean of {n}; band: {band}", anchor="start"
             )
         )
     )
@@ -170,7 +167,7 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
         height=alt.Step(56),
         title=alt.TitleParams(
             CHARTS["difference"],
-            subtitle=f"dots: seeds; diamond and bar: mean and {comparison.study.confidence:.0%} "
+            subtitle=f"dots: seeds; diamond and bar: mean and {comparison.study.confidence * 100:g}% "
             f"interval; grey: differences declared not to matter (±{margin:g})",
             anchor="start",
         ),

@@ -49,9 +49,7 @@ def evidence_table(comparison: Comparison) -> str:
         "margin": lambda one: (
             "" if one.equivalence_margin is None else f"±{one.metric.show(one.equivalence_margin)}"
         ),
-        "more seeds": lambda one: {None: "> 1,000", 0: ""}.get(
-            one.seeds_needed, f"about {one.seeds_needed}"
-        ),
+        "more seeds": _more_seeds,
         "remarks": lambda one: one.reason,
     }
     lines = ["<table>", "<caption>The tests behind the verdicts</caption>", "<thead><tr>"]
@@ -70,6 +68,12 @@ def evidence_table(comparison: Comparison) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}".replace("-", "−")
+
+
+def _more_seeds(one: Verdict) -> str:
+    if one.seeds_needed is None:
+        return "> 1,000" if one.verdict == "inconclusive" else ""
+    return f"about {one.seeds_needed}" if one.seeds_needed else ""
 
 
 def _sign_flip(one: Verdict) -> str:
@@ -105,7 +109,7 @@ def _p(value: float | None) -> str:
 
 
 def _headings(comparison: Comparison) -> tuple[str, ...]:
-    confidence = f"{comparison.study.confidence:.0%} interval"
+    confidence = f"{comparison.study.confidence * 100:g}% interval"
     return "arm", "mean ± sd", "difference", confidence, "p (Holm)", "verdict"
 
 

@@ -53,7 +53,9 @@ def sentence(verdict: Verdict) -> str:
     if verdict.difference is not None:
         size = f": {difference(verdict)}"
         if verdict.interval:
-            size += f" ({verdict.confidence:.0%} interval {interval(verdict)}; {verdict.n} seeds)"
+            size += (
+                f" ({verdict.confidence * 100:g}% interval {interval(verdict)}; {verdict.n} seeds)"
+            )
     margin = ""
     if verdict.equivalence_margin is not None:
         margin = f"±{verdict.metric.show(verdict.equivalence_margin)} {verdict.metric.unit}"

@@ -135,7 +135,7 @@ class Comparison:
             row.update(mean=float(mean), low=float(low), high=float(high), n=len(group))
             rows.append({**row, "diverged": int(diverged.get((row["arm"], row["lr"]), 0))})
         curves = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n", "diverged"])
-        curves.attrs["band"] = f"pointwise {self.study.confidence:.0%} t interval of the mean"
+        curves.attrs["band"] = f"pointwise {self.study.confidence * 100:g}% t interval of the mean"
         return curves
 
     @cached_property

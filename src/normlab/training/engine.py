@@ -90,25 +90,33 @@ def _run_in_processes(
             try:
                 event = events.get(timeout=0.5)
             except queue.Empty:
-                _raise_failure(futures)
-                continue
-            unfinished -= isinstance(event, Outcome)
-            yield event
+                pass
+            else:
+                unfinished -= isinstance(event, Outcome)
+                yield event
+            _raise_failure(executor, futures)
     finally:
-        for process in (executor._processes or {}).values():
+        for process in _processes(executor):
             process.terminate()
         executor.shutdown(cancel_futures=True)
 
 
-def _raise_failure(futures: Sequence[Future[None]]) -> None:
-    for future in futures:
-        if future.done() and (error := future.exception()):
-            if isinstance(error, BrokenProcessPool):
-                raise NormlabError(
-                    "a worker process died, perhaps for want of memory: what was measured is kept; "
-                    "run the same command again, with --workers 1 if it happens again"
-                ) from None
-            raise error
+def _raise_failure(executor: ProcessPoolExecutor, futures: Sequence[Future[None]]) -> None:
+    errors = (future.exception() for future in futures if future.done())
+    error = next((error for error in errors if error), None)
+    if error and not isinstance(error, BrokenProcessPool):
+        raise error
+    # The pool does not watch the worker that it started last until a replica is through.
+    ended = any(process.exitcode is not None for process in _processes(executor))
+    if error or ended:
+        raise NormlabError(
+            "a worker process died, perhaps for want of memory: what was measured is kept; "
+            "run the same command again, with --workers 1 if it happens again"
+        )
+
+
+def _processes(executor: ProcessPoolExecutor) -> list[Any]:
+    return list((executor._processes or {}).values())
 
 
 _worker: dict[str, Any] = {}
