@@ -167,8 +167,9 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
         height=alt.Step(56),
         title=alt.TitleParams(
             CHARTS["difference"],
-            subtitle=f"dots: seeds; diamond and bar: mean and {comparison.study.confidence * 100:g}% "
-            f"interval; grey: differences declared not to matter (±{margin:g})",
+            subtitle="dots: seeds; diamond and bar: mean and "
+            f"{comparison.study.confidence * 100:g}% interval; "
+            f"grey: differences declared not to matter (±{margin:g})",
             anchor="start",
         ),
     )
