@@ -156,15 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if list(arguments) == ["--version"]:
         print(f"normlab {normlab.__version__}")
         return
-    command = tyro.cli(
-        Compare | Report | Studies,  # type: ignore[arg-type]
-        prog="normlab",
-        description="Does normalization help your network? Compare it with and without, over many "
-        "seeds. (--version prints the version.)",
-        args=arguments or ["--help"],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
+        command = tyro.cli(
+            Compare | Report | Studies,  # type: ignore[arg-type]
+            prog="normlab",
+            description="Does normalization help your network? Compare it with and without, over many "
+            "seeds. (--version prints the version.)",
+            args=arguments or ["--help"],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
         command.run()
     except InputError as error:
         _fail(2, str(error))
