@@ -8,8 +8,8 @@ BIN := .venv/bin
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# torch goes first and alone: its pin is a CPU build, and another package's looser requirement
-# would fetch gigabytes of CUDA.
+# torch goes first and alone, at its pin: with nothing installed, the looser requirement of another
+# package could fetch another build of it, gigabytes with CUDA.
 .venv/ready: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

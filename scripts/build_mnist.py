@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
             raise SystemExit(f"{folder}: neither {name} nor {name}.gz is there")
         arrays[key] = read_idx(found[0])
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     replace(TARGET, buffer.getvalue())
     print(f"{TARGET}: {len(buffer.getvalue()) / 1e6:.1f} MB")
 

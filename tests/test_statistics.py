@@ -28,9 +28,14 @@ def test_paired_t_is_scipys(differences, confidence):
     assert ours.effect_size == pytest.approx(theirs.statistic / math.sqrt(len(differences)))
 
 
-def test_paired_t_of_equal_differences_is_a_point():
-    assert statistics.paired_t([0.0] * 5)[:4] == (0, 0, 0, 1)
-    assert statistics.paired_t([0.5] * 5)[:4] == (0.5, 0.5, 0.5, 0)
+@pytest.mark.parametrize("jitter", [0, 1e-16])
+def test_equal_differences_have_no_interval_and_the_sign_tests_p(jitter):
+    nothing, half = (statistics.paired_t([mean, mean + jitter, *[mean] * 4]) for mean in (0, 0.5))
+    assert all(math.isnan(test[i]) for test in (nothing, half) for i in (1, 2, 4))
+    assert half.p == 2 / 2**6
+    assert statistics.paired_t([0.0] * 6).p == 1
+    assert statistics.equivalence_p([0.0] * 6, 0.1) == 1 / 2**6
+    assert statistics.equivalence_p([0.2] * 6, 0.1) == 1
 
 
 @given(samples)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,9 +63,9 @@ class _Compare:
             for name, value in given.items()
             if value is not None
         }
-        workers = int(self.workers) if self.workers.isdecimal() else 0
-        if workers < 1:
+        if not self.workers.isdecimal():
             raise InputError(f"--workers {self.workers}: expected a whole number above 0")
+        workers = int(self.workers)
         _print(normlab.compare(self.study, out=self.out, workers=workers, **fields), self.json)
 
 
@@ -157,15 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"normlab {normlab.__version__}")
         return
     try:
-        command = tyro.cli(
-            Compare | Report | Studies,  # type: ignore[arg-type]
-            prog="normlab",
-            description="Does normalization help your network? Compare it with and without, over many "
-            "seeds. (--version prints the version.)",
-            args=arguments or ["--help"],
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        command.run()
+        _parse(arguments or ["--help"]).run()
     except InputError as error:
         _fail(2, str(error))
     except NormlabError as error:
@@ -176,6 +171,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         _fail(130, "interrupted; what was measured is kept: run the same command again to go on")
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    """Return the command with its options; what cannot be parsed gets one line, not a box."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(
+                Compare | Report | Studies,  # type: ignore[arg-type]
+                prog="normlab",
+                description="Does normalization help your network? Compare it with and without, "
+                "over many seeds. (--version prints the version.)",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        # The box says what is wrong between its title and its first rule.
+        lines = (line.strip("│╭╮╰╯|+ ") for line in complaint.getvalue().splitlines())
+        below_title = dropwhile(_is_rule, islice(lines, 1, None))
+        words = takewhile(lambda line: not _is_rule(line), below_title)
+        command = f"{arguments[0]} " * (arguments[0] in ("compare", "report", "studies"))
+        raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─- ")
 
 
 def _fail(code: int, message: str) -> None:

@@ -55,7 +55,7 @@ class Comparison(studies.Comparison):
 
 
 def compare(
-    study: studies.Study | str = "mnist-mlp-adam",
+    study: studies.Study | str | Path = "mnist-mlp-adam",
     *,
     out: str | Path | None = None,
     workers: int = 1,
@@ -87,10 +87,8 @@ def compare(
     Traceback (most recent call last):
     normlab.errors.InputError: mnist-mlp-adam: unknown key 'epoch' (did you mean epochs?)
     """
-    if isinstance(study, str):
-        declared = studies.find_study(study).with_fields(fields, study)
-    else:
-        declared = study.with_fields(fields, study.name)
+    chosen = study if isinstance(study, studies.Study) else studies.find_study(str(study))
+    declared = chosen.with_fields(fields, chosen.name)
     folder = Path(out) if out is not None else default_folder(declared)
     if progress:
         with reports.Live(declared) as live:

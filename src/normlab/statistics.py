@@ -39,8 +39,8 @@ class PairedT(NamedTuple):
         low: Lower end of the confidence interval of the mean.
         high: Upper end.
         p: Two-sided p.
-        effect_size: d_z, the mean over the standard deviation of the differences; infinite where
-            they are all equal.
+        effect_size: d_z, the mean over the standard deviation of the differences; NaN where they
+            are all equal.
     """
 
     mean: float
@@ -53,8 +53,8 @@ class PairedT(NamedTuple):
 def paired_t(differences: ArrayLike, confidence: float = 0.95) -> PairedT:
     """Test whether the mean difference is zero, and say where it lies.
 
-    Differences that are all equal have no spread: the interval is a point, and p is 1 at zero and
-    0 elsewhere.
+    Differences that are all equal have no spread to build an interval from: its ends are NaN, and p
+    is the sign test's.
 
     Args:
         differences: Shape (n,), n ≥ 2.
@@ -65,12 +65,18 @@ def paired_t(differences: ArrayLike, confidence: float = 0.95) -> PairedT:
     """
     values = np.asarray(differences, dtype=float)
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
-    if deviation == 0:
-        return PairedT(mean, mean, mean, float(mean == 0), math.copysign(math.inf, mean))
+    if _is_one_value(values):
+        p = sign_test_p(len(values), 0) if mean else 1.0
+        return PairedT(mean, math.nan, math.nan, p, math.nan)
     error = deviation / math.sqrt(len(values))
     half = _critical((1 - confidence) / 2, len(values)) * error
     p = 2 * _tail(abs(mean) / error, len(values))
     return PairedT(mean, mean - half, mean + half, p, mean / deviation)
+
+
+def _is_one_value(values: NDArray[np.float64]) -> bool:
+    """Say whether values are all equal, but for the last digits that subtraction leaves."""
+    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
 
 
 def mean_interval(
@@ -112,8 +118,11 @@ def sign_flip_p(differences: ArrayLike) -> float:
     # Sums that are equal on paper differ in the last digits.
     observed = abs(values.sum()) - 1e-12 * np.abs(values).sum()
     if len(values) > _EXACT_UP_TO:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(100_000, len(values)))
-        return float((1 + np.sum(np.abs(signs @ values) >= observed)) / (1 + len(signs)))
+        generator, as_far = np.random.default_rng(0), 0
+        for _ in range(10):
+            signs = generator.choice([-1.0, 1.0], size=(10_000, len(values)))
+            as_far += int(np.sum(np.abs(signs @ values) >= observed))
+        return (1 + as_far) / (1 + 100_000)
     half = len(values) // 2
     left, right = _signed_sums(values[:half]), np.sort(_signed_sums(values[half:]))
     above = len(right) - np.searchsorted(right, observed - left, side="left")
@@ -164,7 +173,8 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 def equivalence_p(differences: ArrayLike, margin: float) -> float:
     """Return the p of two one-sided t tests that the mean difference lies inside ±margin.
 
-    p < α says the same as: the 1 − 2α interval lies inside ±margin.
+    p < α says the same as: the 1 − 2α interval lies inside ±margin. For differences that are all
+    equal, and inside, it is the one-sided sign test's.
 
     Args:
         differences: Shape (n,), n ≥ 2.
@@ -175,8 +185,8 @@ def equivalence_p(differences: ArrayLike, margin: float) -> float:
     """
     values = np.asarray(differences, dtype=float)
     mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-    if error == 0:
-        return float(abs(mean) >= margin)
+    if _is_one_value(values):
+        return 0.5 ** len(values) if abs(mean) < margin else 1.0
     return _tail((margin - abs(mean)) / error, len(values))
 
 
@@ -276,7 +286,8 @@ def seeds_for_sign_test(
         needed = stats.binom.isf(alpha / 2, n, 0.5) + 1
         return bool(stats.binom.sf(needed - 1, n, share) >= power)
 
-    decisive = _least(reaches)
+    # The power of a test of counts goes up and down with n, so every n is tried.
+    decisive = next((n for n in range(1, _MOST_SEEDS + 1) if reaches(n)), None)
     total = None if decisive is None else math.ceil(decisive * (told + ties) / told)
     return total if total is not None and total <= _MOST_SEEDS else None
 

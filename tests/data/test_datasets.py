@@ -41,6 +41,17 @@ def test_a_changed_array_is_refused(tmp_path, monkeypatch):
         load("mnist")
 
 
+@pytest.mark.parametrize("content", [None, b"", b"PK not a zip", "cut"])
+def test_a_missing_or_damaged_file_is_refused(content, tmp_path, monkeypatch):
+    whole = (Path(datasets.__file__).parent / "mnist.npz").read_bytes()
+    if content is not None:
+        (tmp_path / "mnist.npz").write_bytes(whole[:1_000_000] if content == "cut" else content)
+    monkeypatch.setattr(datasets, "_FOLDER", tmp_path)
+    load.cache_clear()
+    with pytest.raises(NormlabError, match=r"mnist.npz cannot be read .*: install again"):
+        load("mnist")
+
+
 def test_an_unknown_dataset_is_refused_with_what_is_known():
     with pytest.raises(InputError, match=r"unknown dataset 'mnits' \(did you mean mnist\?\)"):
         load("mnits")

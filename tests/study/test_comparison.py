@@ -78,7 +78,7 @@ def test_curves_are_means_with_pointwise_t_intervals(tmp_path):
 
 
 def test_curves_of_what_was_not_measured_are_refused(tmp_path):
-    with pytest.raises(KeyError, match="'speed' was not measured: known are accuracy, loss"):
+    with pytest.raises(InputError, match="'speed' was not measured: known are accuracy, loss"):
         keep(tmp_path, BASE, rising).curves("speed")
 
 
@@ -104,7 +104,7 @@ def test_a_target_that_is_never_reached_has_no_step(tmp_path):
     comparison = keep(tmp_path, BASE, lambda r, _: (0.9, 0.9, 0.96 if r.arm == "batch" else 0.94))
     one = by_name(comparison, "steps_to_target")
     assert (one.failed, one.difference, one.verdict) == ((0, 6), None, "better")
-    assert "0 of 6 runs of batch and 6 of plain did not reach 95%" in one.reason
+    assert "0 of 6 replicas of batch and 6 of plain diverged or did not reach 95%" in one.reason
     summary = comparison.summary()["arms"]["plain"]["steps_to_target"]
     assert summary == {"mean": None, "sd": None, "n": 0, "failed": 6, "diverged": 0}
 
@@ -144,7 +144,8 @@ def test_an_unfinished_study_gets_no_verdict(tmp_path):
     assert not comparison.complete
     for one in comparison.verdicts:
         assert one.verdict is None
-        assert one.reason == "no verdict before the study is complete: 11 of 12 runs are done"
+        assert one.reason == "no verdict before the study is complete: 11 of 12 replicas are done"
+        assert (one.p, one.p_holm, one.p_sign_flip, one.p_equivalence) == (None,) * 4
     assert by_name(comparison, "final_test_accuracy").n == 5
 
 

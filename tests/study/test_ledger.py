@@ -4,6 +4,7 @@ import pytest
 
 from normlab.errors import InputError, LedgerError
 from normlab.study import Study
+from normlab.study import ledger as ledger_module
 from normlab.study.ledger import FILENAME, Ledger
 from normlab.training import Measurement, Outcome, Replica
 
@@ -78,6 +79,15 @@ def test_a_folder_with_another_study_is_refused_and_left_alone(tmp_path):
     ):
         pass
     assert (tmp_path / FILENAME).read_bytes() == before
+
+
+def test_a_study_begun_with_another_torch_is_not_mixed_with_this_one(tmp_path, monkeypatch):
+    fill(tmp_path, Measurement(FIRST, 10, 1, VALUES), Outcome(FIRST, "done", 10, 1.0))
+    versions = {**ledger_module._versions(), "torch": "1.0"}
+    monkeypatch.setattr(ledger_module, "_versions", lambda: versions)
+    with pytest.raises(InputError, match=r"was begun with torch .*, and this is 1.0"):
+        fill(tmp_path)
+    assert len(read(tmp_path, "session")) == 1
 
 
 def test_two_writers_do_not_meet(tmp_path):

@@ -77,6 +77,24 @@ def test_identical_arms_are_equivalent():
     assert (one.verdict, one.p, one.effect_size) == ("equivalent", 1, None)
 
 
+def test_equal_differences_are_judged_by_their_signs_and_get_no_interval():
+    steps = Metric("steps_to_target", "steps", False, None, "steps")
+    few = verdict(steps, np.full(5, 3436.0), np.full(5, 1718.0))
+    assert (few.verdict, few.p, few.difference) == ("inconclusive", 2 / 2**5, -1718)
+    many = verdict(steps, np.full(6, 3436.0), np.full(6, 1718.0))
+    assert (many.verdict, many.p, many.interval) == ("better", 2 / 2**6, None)
+    assert "all differences are equal" in many.reason
+
+
+def test_an_arm_that_failed_stays_in_the_family_of_equivalence():
+    plain = around(0.95, 0.001)
+    arms = {"a": plain + around(0, 0.001, seed=1), "b": np.append(plain[:-1], NAN)}
+    first, second = judge(ACCURACY, {"plain": plain, **arms}, "plain")
+    alone = verdict(ACCURACY, plain, arms["a"])
+    assert first.p_equivalence == pytest.approx(2 * alone.p_equivalence)
+    assert second.p_equivalence is None
+
+
 def test_a_failed_run_loses_and_leaves_no_mean():
     plain, batch = around(0.94, 0.002), around(0.96, 0.002, seed=1)
     batch[3] = NAN
@@ -85,7 +103,7 @@ def test_a_failed_run_loses_and_leaves_no_mean():
     assert one.share_improved == 0.9
     assert one.p == pytest.approx(2 * 11 / 2**10)
     assert one.verdict == "better"
-    assert "1 of 10 runs of batch and 0 of plain diverged" in one.reason
+    assert "1 of 10 replicas of batch and 0 of plain diverged" in one.reason
 
 
 def test_an_arm_that_always_fails_is_worse():

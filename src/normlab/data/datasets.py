@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -78,8 +79,11 @@ def load(name: str) -> Dataset:
             f"unknown dataset {name!r}{did_you_mean(name, _SHA256)}: known are {', '.join(_SHA256)}"
         )
     path = _FOLDER / f"{name}.npz"
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {key: np.ascontiguousarray(archive[key]) for key in _SHA256[name]}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: np.ascontiguousarray(archive[key]) for key in _SHA256[name]}
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+        raise NormlabError(f"{path} cannot be read ({error}): install again") from None
     for key, expected in _SHA256[name].items():
         if hashlib.sha256(arrays[key].data).hexdigest() != expected:
             raise NormlabError(

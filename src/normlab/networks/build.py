@@ -17,6 +17,7 @@ from normlab.streams import stream
 __all__ = ["INITS", "build_network", "check_network"]
 
 INITS = ("torch", "xavier")
+_WIDEST = 65_536
 
 
 def check_network(name: str) -> None:
@@ -83,7 +84,7 @@ def build_network(
             f"arm {arm!r} finds nothing to normalize in {name}: {parsed.norm} norm needs several "
             "values per channel and sample, as a convolution has; use the arm 'layer' or 'lenet'"
         )
-    network.to_empty(device="cpu")
+    network.float().to_empty(device="cpu")  # Whatever torch's default dtype is.
     for part, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _initialize(module, init, stream(seed, "init", part))
@@ -114,8 +115,9 @@ def _hidden_sizes(name: str) -> list[int] | None:
             f"known are {' and '.join(known)}, with any hidden sizes"
         )
     hidden = [int(size) if size.isdecimal() else 0 for size in sizes.split(",")]
-    if not colon or min(hidden) < 1:
+    if not colon or not all(1 <= size <= _WIDEST for size in hidden):
         raise InputError(
-            f"network {name!r}: mlp wants its hidden sizes, whole numbers above 0, as in mlp:32,32"
+            f"network {name!r}: mlp wants its hidden sizes, whole numbers from 1 to {_WIDEST}, "
+            "as in mlp:32,32"
         )
     return hidden

@@ -66,6 +66,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
     )
     counts = sorted({data["n"].min(), data["n"].max()}) if len(data) else [0]
     n = "–".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
+    subtitle = [f"mean of {n}; band: {band}", *_what_is_not_in_it(comparison)]
     picked = alt.selection_point(fields=["arm"], bind="legend")
     number = ".2%" if metric == "accuracy" else ".4f"
     base = alt.Chart(data).encode(
@@ -102,12 +103,25 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
         .properties(width=250, height=230)
         .facet(column=alt.Column("split:N", title=None, sort=shown))
         .add_params(picked)
-        .properties(
-            title=alt.TitleParams(
-                CHARTS[metric], subtitle=f"mean of {n}; band: {band}", anchor="start"
-            )
-        )
+        .properties(title=alt.TitleParams(CHARTS[metric], subtitle=subtitle, anchor="start"))
     )
+
+
+def _what_is_not_in_it(comparison: Comparison) -> list[str]:
+    """Return what the curves leave out: replicas that diverged, and other learning rates."""
+    lines, reported = [], comparison.reported_lr
+    diverged = comparison.diverged()
+    gone = [
+        f"{arm} {diverged[arm, lr]} of {len(comparison.study.seeds)}"
+        for arm, lr in reported.items()
+        if diverged[arm, lr]
+    ]
+    if gone:
+        lines.append(f"diverged, and not in the mean: {', '.join(gone)}")
+    if len(comparison.study.lr) > 1:
+        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in reported.items())
+        lines.append(f"learning rates shown: {rates}")
+    return lines
 
 
 def _differences(comparison: Comparison) -> alt.TopLevelMixin:

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from normlab.report.wording import duration
 from normlab.study import Study
@@ -41,7 +41,6 @@ class Live:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[state]}"),
-                TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
             )

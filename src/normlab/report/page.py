@@ -14,7 +14,7 @@ from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, chart
 from normlab.report.table import evidence_table, html_table
-from normlab.report.wording import duration, headline
+from normlab.report.wording import duration, headline, sentence
 from normlab.study import Comparison
 
 __all__ = ["html", "write"]
@@ -46,7 +46,7 @@ def write(comparison: Comparison, folder: Path) -> Path:
     except OSError as error:
         raise NormlabError(
             f"{folder}: the report cannot be written: {error.strerror}; the measurements are kept: "
-            f"make room and run normlab report {comparison.folder}"
+            f"mend that, and run normlab report {comparison.folder}"
         ) from None
     return folder / "report.html"
 
@@ -72,7 +72,7 @@ def html(comparison: Comparison) -> str:
         description=escape(comparison.study.description),
         answer="".join(f"<p>{escape(sentence)}</p>" for sentence in headline(comparison)),
         table=html_table(comparison),
-        evidence=evidence_table(comparison) if comparison.verdicts else "",
+        evidence=_evidence(comparison),
         figures=figures,
         details=_details(comparison),
         declaration=escape(comparison.study.to_toml()),
@@ -97,11 +97,28 @@ def _svg(spec: str) -> str:
     return str(vl_convert.vegalite_to_svg(spec))
 
 
+def _evidence(comparison: Comparison) -> str:
+    """Return the tests and the sentences that go with them; nothing if there is one arm."""
+    if not comparison.verdicts:
+        return ""
+    sentences = "".join(
+        f"<li>{escape(sentence(one))}</li>" for one in comparison.verdicts if one.reason
+    )
+    return (
+        f'<h2>The evidence</h2><div class="wide">{evidence_table(comparison)}</div>'
+        "<p>d_z is the mean difference in standard deviations of the differences. Pairing is worth "
+        "what the correlation between the arms over seeds is. The sign-flip p is a second opinion "
+        "that assumes nothing of the differences' distribution. The equivalence p is that of two "
+        "one-sided t tests.</p>"
+    ) + (f"<ul>{sentences}</ul>" if sentences else "")
+
+
 def _evaluated(comparison: Comparison) -> str:
-    steps = comparison.study.evaluate_every
+    steps, epoch = comparison.study.evaluate_every, comparison.steps_per_epoch
+    size = f" of {epoch:,} steps" if epoch else ""
     often = f" and every {steps:,} steps" if steps else ""
     return (
-        f"after every epoch of {comparison.steps_per_epoch:,} steps{often}, in eval mode; "
+        f"after every epoch{size}{often}, in eval mode; "
         "steps to a target are counted at evaluations"
     )
 
@@ -110,7 +127,7 @@ def _details(comparison: Comparison) -> str:
     """Return the rows that say how the numbers came about."""
     rows = [
         ("Seeds", ", ".join(map(str, comparison.study.seeds))),
-        ("Runs", f"{len(comparison.study.replicas)}"),
+        ("Replicas", str(len(comparison.study.replicas))),
         ("Time spent measuring", duration(comparison.seconds)),
         ("Evaluated", _evaluated(comparison)),
     ]
@@ -122,8 +139,8 @@ def _details(comparison: Comparison) -> str:
         machine = json.loads(session["machine"])
         parts = [
             *(f"{name} {version}" for name, version in versions.items()),
-            f"{machine['system']}, {machine['processor']}, {machine['cores']} cores",
-            f"{session['workers']} worker processes",
+            f"{machine['system']}, {machine['processor']}, {machine['threads']} threads",
+            f"{session['workers']} worker process{'es' * (session['workers'] != 1)}",
         ]
         rows.append((f"Measured from {session['started']}", "; ".join(parts)))
     return "".join(

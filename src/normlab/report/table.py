@@ -50,7 +50,6 @@ def evidence_table(comparison: Comparison) -> str:
             "" if one.equivalence_margin is None else f"±{one.metric.show(one.equivalence_margin)}"
         ),
         "more seeds": _more_seeds,
-        "remarks": lambda one: one.reason,
     }
     lines = ["<table>", "<caption>The tests behind the verdicts</caption>", "<thead><tr>"]
     lines += [f'<th scope="col">{escape(name)}</th>' for name in ("arm", *columns)]
@@ -72,7 +71,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _more_seeds(one: Verdict) -> str:
     if one.seeds_needed is None:
-        return "> 1,000" if one.verdict == "inconclusive" else ""
+        return "none up to 1,000" if one.verdict == "inconclusive" else ""
     return f"about {one.seeds_needed}" if one.seeds_needed else ""
 
 

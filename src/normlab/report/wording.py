@@ -64,7 +64,7 @@ def sentence(verdict: Verdict) -> str:
         "worse": f"{arm} is worse than {baseline} on {label}{size}",
         "equivalent": f"{arm} and {baseline} are equivalent on {label}, within {margin}{size}",
         "inconclusive": f"Whether {arm} differs from {baseline} on {label} is inconclusive{size}; "
-        f"{_more_seeds(verdict)} to decide it",
+        f"{_what_it_takes(verdict)}",
         None: f"{arm} against {baseline} on {label}{size}",
     }[verdict.verdict]
     return text + (f"; {verdict.reason}." if verdict.reason else ".")
@@ -102,7 +102,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _more_seeds(verdict: Verdict) -> str:
+def _what_it_takes(verdict: Verdict) -> str:
+    """Return what would decide it: a study of its own, since a second look has to be declared."""
     if verdict.seeds_needed is None:
-        return "more than 1,000 more seeds"
-    return f"about {verdict.seeds_needed} more seed{'s' * (verdict.seeds_needed != 1)}"
+        return "if things are as they look, no study of up to 1,000 seeds would decide it"
+    return f"a new study with about {verdict.n + verdict.seeds_needed} seeds would decide it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from normlab.errors import InputError
 from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
@@ -74,7 +76,7 @@ class Comparison:
                 False,
                 None,
                 "steps",
-                failure=f"did not reach {target}",
+                failure=f"diverged or did not reach {target}",
             ),
         ]
         if study.validation:
@@ -116,16 +118,15 @@ class Comparison:
             point, and a whole curve leaves its band somewhere far more often.
 
         Raises:
-            KeyError: The metric was not measured.
+            InputError: The metric was not measured.
         """
         import pandas as pd
 
         frame = self.frame()
         if metric not in set(frame["metric"]) and len(frame):
             known = ", ".join(sorted(set(frame["metric"])))
-            raise KeyError(f"{metric!r} was not measured: known are {known}")
-        replicas = self._replica_frame()
-        diverged = replicas[replicas["status"] == "diverged"].groupby(["arm", "lr"]).size()
+            raise InputError(f"{metric!r} was not measured: known are {known}")
+        diverged = self.diverged()
         rows = []
         done = frame[(frame["metric"] == metric) & (frame["status"] == "done")]
         keys = ["arm", "lr", "split", "step", "epoch"]
@@ -133,10 +134,15 @@ class Comparison:
             mean, low, high = mean_interval(group["value"], confidence=self.study.confidence)
             row = dict(zip(keys, key, strict=True))
             row.update(mean=float(mean), low=float(low), high=float(high), n=len(group))
-            rows.append({**row, "diverged": int(diverged.get((row["arm"], row["lr"]), 0))})
+            rows.append({**row, "diverged": diverged[row["arm"], row["lr"]]})
         curves = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n", "diverged"])
         curves.attrs["band"] = f"pointwise {self.study.confidence * 100:g}% t interval of the mean"
         return curves
+
+    def diverged(self) -> Counter[tuple[str, float]]:
+        """Return how many replicas of each arm and learning rate diverged."""
+        gone = (one for one in self._replicas if one["status"] == "diverged")
+        return Counter((one["arm"], one["lr"]) for one in gone)
 
     @cached_property
     def chosen_lr(self) -> dict[str, dict[int, float]]:
@@ -213,9 +219,20 @@ class Comparison:
         if self.complete:
             return verdicts
         done, total = len(self._replicas), len(self.study.replicas)
-        reason = f"no verdict before the study is complete: {done} of {total} runs are done"
+        reason = f"no verdict before the study is complete: {done} of {total} replicas are done"
+        # No p either: a test that was looked at early is no longer the test it was.
         return [
-            replace(verdict, verdict=None, reason=reason, seeds_needed=None) for verdict in verdicts
+            replace(
+                verdict,
+                p=None,
+                p_holm=None,
+                p_sign_flip=None,
+                p_equivalence=None,
+                verdict=None,
+                reason=reason,
+                seeds_needed=None,
+            )
+            for verdict in verdicts
         ]
 
     def summary(self) -> dict[str, Any]:

@@ -25,13 +25,16 @@ else:
 __all__ = ["Study", "bundled_studies", "find_study"]
 
 
+_MOST_SEEDS = 10_000
+
+
 def _seeds(value: object) -> object:
     """A single number is how many seeds there are, starting at 0; a list names them."""
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise InputError(f"{value} seeds: at least 1 is needed")
+        if not 1 <= value <= _MOST_SEEDS:
+            raise InputError(f"{value} seeds: from 1 to {_MOST_SEEDS} can be asked for")
         return tuple(range(value))
     if isinstance(value, str):
         raise InputError(f"expected a number of seeds or a list of them, got {value!r}")

@@ -111,9 +111,11 @@ class Ledger:
             connection = sqlite3.connect(uri, uri=True, isolation_level=None)
             yield cls(connection, path)
         except sqlite3.OperationalError as error:
+            if "readonly" in str(error) or "unable to open" in str(error):
+                raise InputError(f"{path} cannot be used: {error}") from None
             raise LedgerError(
-                f"{path}: {error}: what was measured before is kept; make room or choose another "
-                "folder, and run the same command again"
+                f"{path}: {error}; what was measured before is kept: make room, and run the same "
+                "command again"
             ) from None
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{path} is damaged ({error}): move it away to start anew") from None
@@ -163,7 +165,20 @@ class Ledger:
 
         Args:
             workers: Processes that train.
+
+        Raises:
+            InputError: The study was begun with other versions, or on another kind of machine.
         """
+        versions, machine = _versions(), _machine()
+        for session in self.rows("session")[-1:]:
+            before = {**json.loads(session["versions"]), **json.loads(session["machine"])}
+            for name in ("normlab", "torch", "system", "processor"):
+                now = {**versions, **machine}[name]
+                if before[name] != now:
+                    raise InputError(
+                        f"{self.path.parent} was begun with {name} {before[name]}, and this is "
+                        f"{now}, whose numbers may differ: name another folder with --out"
+                    )
         with self._transaction():
             cursor = self._connection.execute(
                 "INSERT INTO session (started, seconds, workers, versions, machine) "
@@ -171,8 +186,8 @@ class Ledger:
                 (
                     datetime.now(timezone.utc).isoformat(timespec="seconds"),
                     workers,
-                    json.dumps(_versions()),
-                    json.dumps(_machine()),
+                    json.dumps(versions),
+                    json.dumps(machine),
                 ),
             )
         self._session = cursor.lastrowid
@@ -259,5 +274,5 @@ def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "cores": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
     }

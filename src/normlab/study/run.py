@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from normlab.data import load, split
+from normlab.errors import InputError
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
 from normlab.training import Measurement, Outcome, run_replicas
@@ -45,6 +46,8 @@ def run(
         LedgerError: The ledger is damaged, or the disk is full.
         NormlabError: A worker process died.
     """
+    if workers < 1:
+        raise InputError(f"workers={workers}: at least 1 is needed")
     study.check_against(split(load(study.dataset), study.validation))
     with Ledger.write(folder, study) as ledger:
         finished = ledger.finished()
@@ -53,7 +56,7 @@ def run(
             watcher.begin(len(finished), len(study.replicas))
         if not missing:
             return
-        ledger.begin_session(workers)
+        ledger.begin_session(min(workers, len(missing)))
         started = time.perf_counter()
         with closing(run_replicas(study, missing, workers)) as events:
             for event in events:

@@ -15,7 +15,7 @@ from normlab import statistics
 __all__ = ["MINIMUM_SEEDS", "Metric", "Verdict", "Word", "judge"]
 
 MINIMUM_SEEDS = 5
-"""Below this no test means much: five seeds cannot even bring the sign-flip p under 0.05."""
+"""With fewer there is no verdict: too few differences to know their spread by."""
 
 Word = Literal["better", "worse", "equivalent", "inconclusive"]
 
@@ -59,49 +59,50 @@ class Verdict:
         metric: Which number.
         arm: Which arm.
         baseline: Against which.
-        n: Pairs of runs, one a seed.
-        difference: Mean of arm − baseline, in the metric's unit (accuracy as a share); None where
-            a run failed, for then there is no mean.
-        interval: Confidence interval of the difference.
+        n: Pairs of replicas, one a seed.
         confidence: Of the interval.
-        p: Of the paired t test; of the exact sign test where a run failed.
-        p_sign_flip: Of the exact sign-flip permutation test, a second opinion.
-        p_holm: `p`, adjusted for the family of all arms against the baseline.
-        p_equivalence: Of two one-sided tests against the margin, adjusted likewise.
-        deviation: Standard deviation of the differences.
-        effect_size: d_z, the difference in standard deviations of the differences.
         wins: Seeds in which the arm was better.
         losses: Seeds in which it was worse.
-        correlation: Between the arms over seeds; pairing is worth nothing near 0.
+        failed: Replicas without a value, of the arm and of the baseline.
         equivalence_margin: The declared one.
-        failed: Runs without a value, of the arm and of the baseline.
+        difference: Mean of arm − baseline, in the metric's unit (accuracy as a share); None where
+            a replica failed, for then there is no mean.
+        interval: Confidence interval of the difference; None where all differences are equal.
+        deviation: Standard deviation of the differences.
+        effect_size: d_z, the difference in standard deviations of the differences.
+        correlation: Between the arms over seeds; pairing is worth nothing near 0.
+        p: Of the paired t test; of the exact sign test where a replica failed or all differences
+            are equal.
+        p_holm: `p`, adjusted for the family of all arms against the baseline.
+        p_sign_flip: Of the sign-flip permutation test, a second opinion.
+        p_equivalence: Of two one-sided tests against the margin, adjusted likewise.
         verdict: The word, or None with the reason in `reason`.
         reason: Why there is no verdict, or what goes with it.
-        seeds_needed: About how many more seeds would decide it; 0 if it is decided, None if more
-            than 1,000 or unknown.
+        seeds_needed: About how many seeds more a study would need to decide it; 0 if it is decided,
+            None if no number up to 1,000 in all would, with things as they are.
     """
 
     metric: Metric
     arm: str
     baseline: str
     n: int
-    difference: float | None
-    interval: tuple[float, float] | None
     confidence: float
-    p: float | None
-    p_sign_flip: float | None
-    p_holm: float | None
-    p_equivalence: float | None
-    deviation: float | None
-    effect_size: float | None
     wins: int
     losses: int
-    correlation: float | None
-    equivalence_margin: float | None
     failed: tuple[int, int]
-    verdict: Word | None
-    reason: str
-    seeds_needed: int | None
+    equivalence_margin: float | None
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    deviation: float | None = None
+    effect_size: float | None = None
+    correlation: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    p_sign_flip: float | None = None
+    p_equivalence: float | None = None
+    verdict: Word | None = None
+    reason: str = ""
+    seeds_needed: int | None = None
 
     @property
     def share_improved(self) -> float | None:
@@ -123,8 +124,8 @@ def judge(
     kinds of p are adjusted by Holm's method over the arms. Equivalence goes first: a difference
     that was declared not to matter does not begin to matter because it was measured well.
 
-    A run that failed has no value to average. If there is one, the exact sign test stands in for
-    the t test, a failed run loses against one that did not fail, and no size is given.
+    A replica that failed has no value to average. If there is one, the exact sign test stands in
+    for the t test, a failed replica loses against one that did not fail, and no size is given.
 
     Args:
         metric: What the values are.
@@ -164,10 +165,10 @@ def _measure(
     theirs: NDArray[np.float64],
     confidence: float,
 ) -> Verdict:
-    """Fill in the numbers, and as verdict the direction, should they turn out to differ."""
+    """Fill in the numbers; the decision comes when the whole family is known."""
     n, sign = len(ours), 1 if metric.higher_is_better else -1
     failed = int(np.isnan(ours).sum()), int(np.isnan(theirs).sum())
-    # A failed run is worse than any other.
+    # A failed replica is worse than any other.
     our_gain = np.where(np.isnan(ours), -np.inf, sign * ours)
     their_gain = np.where(np.isnan(theirs), -np.inf, sign * theirs)
     wins, losses = int(np.sum(our_gain > their_gain)), int(np.sum(our_gain < their_gain))
@@ -176,23 +177,11 @@ def _measure(
         arm=arm,
         baseline=baseline,
         n=n,
-        difference=None,
-        interval=None,
         confidence=confidence,
-        p=None,
-        p_sign_flip=None,
-        p_holm=None,
-        p_equivalence=None,
-        deviation=None,
-        effect_size=None,
         wins=wins,
         losses=losses,
-        correlation=None,
-        equivalence_margin=metric.margin,
         failed=failed,
-        verdict="better" if wins > losses else "worse",
-        reason="",
-        seeds_needed=None,
+        equivalence_margin=metric.margin,
     )
     if any(failed):
         return replace(one, p=statistics.sign_test_p(wins, losses))
@@ -200,21 +189,23 @@ def _measure(
     if n < 2:
         return replace(one, difference=float(differences[0]) if n else None)
     test = statistics.paired_t(differences, confidence)
-    correlation = statistics.correlation(ours, theirs)
     return replace(
         one,
         difference=test.mean,
-        interval=(test.low, test.high),
+        interval=None if math.isnan(test.low) else (test.low, test.high),
+        deviation=float(differences.std(ddof=1)),
+        effect_size=_or_none(test.effect_size),
+        correlation=_or_none(statistics.correlation(ours, theirs)),
         p=test.p,
         p_sign_flip=statistics.sign_flip_p(differences),
         p_equivalence=(
             None if metric.margin is None else statistics.equivalence_p(differences, metric.margin)
         ),
-        deviation=float(differences.std(ddof=1)),
-        effect_size=test.effect_size if math.isfinite(test.effect_size) else None,
-        correlation=None if math.isnan(correlation) else correlation,
-        verdict="better" if sign * test.mean > 0 else "worse",
     )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
@@ -222,7 +213,6 @@ def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
     if one.n < minimum_seeds:
         return replace(
             one,
-            verdict=None,
             reason=f"no verdict from {one.n} seed{'s' * (one.n != 1)}: {minimum_seeds} are needed",
             seeds_needed=minimum_seeds - one.n,
         )
@@ -230,16 +220,22 @@ def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
     if any(one.failed):
         ours, theirs = one.failed
         reasons.append(
-            f"{ours} of {one.n} runs of {one.arm} and {theirs} of {one.baseline} "
+            f"{ours} of {one.n} replicas of {one.arm} and {theirs} of {one.baseline} "
             f"{one.metric.failure}, so the sign test decides and there is no mean difference"
         )
+    elif one.interval is None:
+        reasons.append("all differences are equal, so the sign test decides and has no interval")
     differs = one.p_holm is not None and one.p_holm < alpha
     if one.p_equivalence is not None and one.p_equivalence < alpha:
         if differs:
             reasons.append("a difference is there, and it is inside the margin")
         return replace(one, verdict="equivalent", reason="; ".join(reasons), seeds_needed=0)
     if differs:
-        return replace(one, reason="; ".join(reasons), seeds_needed=0)
+        better = one.wins > one.losses
+        if one.difference is not None:
+            better = (one.difference > 0) == one.metric.higher_is_better
+        word: Word = "better" if better else "worse"
+        return replace(one, verdict=word, reason="; ".join(reasons), seeds_needed=0)
     if one.p is not None and one.p < alpha:
         reasons.append(f"it would pass alone, but not as one of {family} comparisons (Holm)")
     return replace(
@@ -269,6 +265,8 @@ def _seeds_needed(one: Verdict, alpha: float) -> int | None:
 
 
 def _adjusted(p: Sequence[float | None]) -> list[float | None]:
-    """Adjust the p values that there are, by Holm's method."""
-    adjusted = iter(statistics.holm([value for value in p if value is not None]).tolist())
-    return [None if value is None else next(adjusted) for value in p]
+    """Adjust by Holm's method; a comparison without a p still belongs to the declared family."""
+    adjusted = statistics.holm([1.0 if value is None else value for value in p])
+    return [
+        None if before is None else float(after) for before, after in zip(p, adjusted, strict=True)
+    ]

@@ -84,7 +84,8 @@ def _run_in_processes(
     events = context.Queue()
     executor = ProcessPoolExecutor(workers, context, _start_worker, (recipe, events))
     try:
-        futures = [executor.submit(_work, replica) for replica in replicas]
+        with _workers_ignore_ctrl_c():
+            futures = [executor.submit(_work, replica) for replica in replicas]
         unfinished = len(futures)
         while unfinished:
             try:
@@ -99,6 +100,22 @@ def _run_in_processes(
         for process in _processes(executor):
             process.terminate()
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _workers_ignore_ctrl_c() -> Iterator[None]:
+    """Let the processes that start meanwhile ignore Ctrl-C: their parent hears it and ends them.
+
+    A worker could only say so itself after it has imported torch, which takes seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set handlers, and only it hears Ctrl-C.
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _raise_failure(executor: ProcessPoolExecutor, futures: Sequence[Future[None]]) -> None:
@@ -124,9 +141,6 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(recipe: Recipe, events: Any) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the parent, which ends its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(recipe=recipe, events=events, splits=_splits(recipe))

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from normlab.study import Comparison, Study
+from normlab.study.ledger import Ledger
+from normlab.training import Measurement, Outcome
+
+STEPS_PER_EPOCH = 100
+FINAL_ACCURACY = {"plain": 0.95, "batch": 0.97, "layer": 0.951, "group:8": 0.93}
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory):
+    """Writes a run's folder without training, and returns the folder."""
+
+    def make(**options):
+        folder = tmp_path_factory.mktemp("run")
+        write_run(folder, **options)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compared(make_run):
+    """Writes a run's folder without training, and returns its comparison."""
+    return lambda **options: Comparison(make_run(**options))
+
+
+def write_run(
+    folder,
+    *,
+    diverged=lambda _: False,
+    missing=lambda _: False,
+    running=lambda _: False,
+    noise=0.002,
+    workers=2,
+    **fields,
+):
+    """Keeps a made-up course of each replica in a ledger, the same one every time.
+
+    `diverged`, `missing` and `running` say of a replica whether it diverges half way, has not
+    begun, or has begun and not ended; `noise` is the standard deviation of an arm's final accuracy
+    over seeds, beyond what the arms share. Fields of the study are taken too.
+    """
+    study = Study.make({"name": "made-up", "seeds": 6, "epochs": 4, "network": "mlp:32", **fields})
+    events = (
+        event
+        for replica in study.replicas
+        if not missing(replica)
+        for event in course(study, replica, noise, diverged(replica), running(replica))
+    )
+    with Ledger.write(folder, study) as ledger:
+        ledger.begin_session(workers)
+        for i, event in enumerate(events):
+            ledger.add(event, seconds=(i + 1) / 2)
+
+
+def course(study, replica, noise, diverges, runs):
+    """Yields what a replica might measure: its arm sets its level, and the last rate is best."""
+    arm, rate = study.arms.index(replica.arm), study.lr.index(replica.lr)
+    shared = np.random.default_rng(replica.seed).normal(scale=0.001)
+    draw = np.random.default_rng([replica.seed, arm, rate])
+    final = FINAL_ACCURACY.get(replica.arm, 0.94) + shared + draw.normal(scale=noise)
+    final -= 0.01 * (len(study.lr) - 1 - rate)
+    gains = {"train": 0.01, "validation": 0.002, "test": 0.0}
+    if not study.validation:
+        del gains["validation"]
+    last = study.epochs * STEPS_PER_EPOCH
+    every = study.evaluate_every or STEPS_PER_EPOCH
+    steps = sorted({*range(every, last, every), *range(STEPS_PER_EPOCH, last + 1, STEPS_PER_EPOCH)})
+    if diverges or runs:
+        steps = steps[: len(steps) // 2]
+    for step in steps:
+        values = {}
+        for split, gain in gains.items():
+            accuracy = final + gain - 0.1 * np.exp(-4 * step / last) + draw.normal(scale=0.0005)
+            values[split, "accuracy"] = float(accuracy)
+            values[split, "loss"] = float(4 * (1 - accuracy))
+        yield Measurement(replica, step, step // STEPS_PER_EPOCH, values)
+    if diverges:
+        yield Outcome(replica, "diverged", steps[-1] + STEPS_PER_EPOCH, 1.5)
+    elif not runs:
+        yield Outcome(replica, "done", last, 3.0)

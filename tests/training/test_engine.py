@@ -1,0 +1,274 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from contextlib import closing, contextmanager
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from normlab.data import load, split
+from normlab.errors import InputError, NormlabError
+from normlab.networks import build_network
+from normlab.training import Measurement, Outcome, Recipe, Replica, run_replicas, train
+
+# A thousand images to train on: 31 steps, and most of the time goes into evaluation.
+QUICK = Recipe(validation=59000, epochs=1)
+LONG = Recipe(validation=59000, epochs=10_000)
+PLAIN, BOTH = Replica("plain", 1e-3, 0), Replica("batch+dropout:0.5", 1e-3, 0)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def told(events):
+    """Each replica's events in their order, without the time that they took."""
+    by_replica = defaultdict(list)
+    for event in events:
+        by_replica[event.replica].append(event[:3] if isinstance(event, Outcome) else event)
+    return dict(by_replica)
+
+
+def worker_ids():
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def is_running(process_id):
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def none_run_within(seconds, process_ids):
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, process_ids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def at_most(seconds):
+    def give_up(*_):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_every_field_of_the_recipe_reaches_its_replicas():
+    recipe = Recipe(
+        validation=59500,
+        scaling="-1..1",
+        network="mlp:12",
+        activation="tanh",
+        init="xavier",
+        optimizer="sgd",
+        momentum=0.9,
+        weight_decay=0.01,
+        batch_size=50,
+        epochs=2,
+        evaluate_every=7,
+    )
+    replica = Replica("batch", 0.1, 5)
+    network = build_network(
+        "mlp:12", "batch", 5, image_shape=(1, 28, 28), classes=10, activation="tanh", init="xavier"
+    )
+    torch.set_num_threads(1)
+    expected = list(train(network, replica, recipe, split(load("mnist"), 59500)))
+    events = list(run_replicas(recipe, [replica]))
+    assert [event.step for event in events] == [7, 10, 14, 20, 20]
+    assert told(events) == told(expected)
+
+
+def test_replicas_come_one_after_another_and_one_that_diverges_stops_no_other():
+    recipe = QUICK.model_copy(update={"optimizer": "sgd", "weight_decay": 1.0})
+    replicas = [Replica("plain", 10, 0), Replica("plain", 1e-3, 0)]
+    events = list(run_replicas(recipe, replicas))
+    assert [type(event) for event in events] == [Outcome, Measurement, Outcome]
+    assert [event.replica for event in events] == [replicas[0], replicas[1], replicas[1]]
+    assert [event.status for event in events if isinstance(event, Outcome)] == ["diverged", "done"]
+
+
+def test_a_replica_gives_the_same_bits_alone_or_after_another_and_leaves_the_global_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = told(run_replicas(QUICK, [PLAIN, BOTH]))
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2)
+    again = told(run_replicas(QUICK, [BOTH]))
+    assert first[BOTH] == again[BOTH]
+    (other,) = told(run_replicas(QUICK, [BOTH._replace(seed=1)])).values()
+    assert other[0].values != again[BOTH][0].values
+
+
+def test_nothing_is_run_where_there_are_no_replicas():
+    assert list(run_replicas(QUICK, [])) == []
+    assert list(run_replicas(QUICK, [], workers=4)) == []
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_numbers_do_not_depend_on_the_threads_that_torch_was_set_to():
+    two = told(run_replicas(QUICK, [BOTH]))
+    torch.set_num_threads(1)
+    assert told(run_replicas(QUICK, [BOTH])) == two
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_replica_has_one_thread_and_torchs_setting_comes_back():
+    events = run_replicas(QUICK, [PLAIN])
+    assert torch.get_num_threads() == 2
+    assert [torch.get_num_threads() for _ in events] == [1, 1]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torchs_threads_come_back_when_the_iterator_is_closed_early():
+    events = run_replicas(LONG, [PLAIN])
+    next(events)
+    assert torch.get_num_threads() == 1
+    events.close()
+    assert torch.get_num_threads() == 2
+    assert list(events) == []
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torchs_threads_come_back_when_the_consumer_raises():
+    def consume():
+        with closing(run_replicas(LONG, [PLAIN])) as events:
+            for _ in events:
+                raise KeyError(torch.get_num_threads())
+
+    with pytest.raises(KeyError, match="1"):
+        consume()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torchs_threads_come_back_when_a_replica_cannot_be_built():
+    with pytest.raises(InputError, match="finds nothing to normalize"):
+        list(run_replicas(QUICK, [Replica("instance", 1e-3, 0)]))
+    assert torch.get_num_threads() == 2
+
+
+def test_workers_find_the_same_bits_as_one_process_and_are_gone_afterwards():
+    # One more than there are workers, so that one of them trains two in turn.
+    replicas = [PLAIN, BOTH, BOTH._replace(seed=1)]
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    events, workers = [], set()
+    for event in run_replicas(QUICK, replicas, workers=2):
+        events.append(event)
+        workers.update(worker_ids())
+    assert len(workers) == 2
+    assert worker_ids() == []
+    assert torch.get_rng_state().equal(random)
+    assert torch.get_num_threads() == threads
+    assert told(events) == told(run_replicas(QUICK, replicas))
+    assert sorted(told(events)) == sorted(replicas)
+
+
+def test_one_replica_starts_no_process():
+    with closing(run_replicas(QUICK, [PLAIN], workers=8)) as events:
+        next(events)
+        assert worker_ids() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_closing_the_iterator_ends_the_workers():
+    events = run_replicas(LONG, [PLAIN, BOTH], workers=2)
+    next(events)
+    workers = worker_ids()
+    assert len(workers) == 2
+    assert all(map(is_running, workers))
+    try:
+        with at_most(seconds=5):
+            events.close()
+        assert worker_ids() == []
+        assert not any(map(is_running, workers))
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(monkeypatch):
+    started, start = [], SpawnProcess.start
+
+    def start_slowly(process):
+        start(process)
+        started.append(process.pid)
+        time.sleep(0.2)  # CPython's pool then fails to watch the worker that it started last.
+
+    monkeypatch.setattr(SpawnProcess, "start", start_slowly)
+    message = r"a worker process died.*run the same command again"
+    with closing(run_replicas(LONG, [PLAIN, BOTH], workers=2)) as events:
+        next(events)
+        os.kill(started[-1], signal.SIGKILL)
+        with at_most(seconds=8), pytest.raises(NormlabError, match=message):
+            for _ in events:
+                pass
+    assert worker_ids() == []
+
+
+def test_an_error_in_a_worker_is_the_callers_however_busy_the_other_workers_are():
+    # The first replica soon makes room for the one that cannot be built, beside one that goes on.
+    recipe = LONG.model_copy(update={"optimizer": "sgd", "weight_decay": 1.0})
+    replicas = [PLAIN._replace(lr=10), PLAIN, Replica("instance", 1e-3, 0)]
+    events, seen = run_replicas(recipe, replicas, workers=2), []
+    with closing(events):
+        seen.append(next(events))
+        with at_most(seconds=20), pytest.raises(InputError, match="arm 'instance' finds nothing"):
+            seen.extend(events)
+    assert worker_ids() == []
+    assert [e[:2] for e in seen if isinstance(e, Outcome)] == [(replicas[0], "diverged")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing
+            from normlab.training import Recipe, Replica, run_replicas
+
+            if __name__ == "__main__":
+                recipe = Recipe(validation=59000, epochs=10_000)
+                replicas = [Replica("plain", 1e-3, seed) for seed in (0, 1)]
+                events = run_replicas(recipe, replicas, workers=2)
+                next(events)
+                print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+                for _ in events:
+                    pass
+            """
+        )
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        parent.kill()
+    try:
+        assert len(workers) == 2
+        assert none_run_within(10, workers)
+    finally:
+        for process_id in filter(is_running, workers):
+            os.kill(process_id, signal.SIGKILL)
