@@ -160,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"normlab {normlab.__version__}")
         return
     try:
-        _parse(arguments or ["--help"]).run()
+        try:
+            _parse(arguments or ["--help"]).run()
+        finally:
+            sys.stdout.flush()  # A closed pipe is heard here, not when Python exits.
     except InputError as error:
         _fail(2, str(error))
     except NormlabError as error:

@@ -35,7 +35,7 @@ def test_every_field_says_why_its_default_is_what_it_is():
         ({"optimizer": "adm"}, r"unknown optimizer 'adm' \(did you mean adam\?\)"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion': known are adam, sgd"),
         ({"network": "leenet"}, r"unknown network 'leenet' \(did you mean lenet\?\)"),
-        ({"network": "mlp:32,0"}, "whole numbers above 0"),
+        ({"network": "mlp:32,0"}, "whole numbers from 1 to 65536"),
         ({"momentum": 0.9}, "momentum=0.9 belongs to sgd, not adam"),
         ({"momentum": 0.9, "optimizer": "adam"}, "momentum=0.9 belongs to sgd, not adam"),
     ],
