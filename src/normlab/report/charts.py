@@ -67,10 +67,16 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
     counts = sorted({data["n"].min(), data["n"].max()}) if len(data) else [0]
     n = "–".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
     subtitle = [f"mean of {n}; band: {band}", *_what_is_not_in_it(comparison)]
+    epochs = comparison.study.epochs
+    every = -(-epochs // 10)  # Ten labels at most, and whole epochs only.
     picked = alt.selection_point(fields=["arm"], bind="legend")
     number = ".2%" if metric == "accuracy" else ".4f"
     base = alt.Chart(data).encode(
-        x=alt.X("epochs:Q", title="epoch", axis=alt.Axis(tickMinStep=1)),
+        x=alt.X(
+            "epochs:Q",
+            title="epoch",
+            axis=alt.Axis(values=list(range(every, epochs + 1, every)), format="d"),
+        ),
         color=_arm_color(comparison),
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.15)),
     )
