@@ -3,9 +3,10 @@
     python benchmarks/epoch.py [--repeats N] [--json]
 
 Same network (784-32-32-10), batches of 32, Adam, 60,000 images. normlab's time has an evaluation of
-the training images in it, which the other two leave out. The three take turns in one process, and the medians are compared, because a machine's speed drifts. The tutorial's
-loop is a `DataLoader` over a data set that turns one image at a time into a tensor; tutorials also
-decode it from a PIL image, which is left out here, so their loops are slower than this one.
+the training images in it, which the other two leave out. The three take turns in one process, and
+the medians are compared, because a machine's speed drifts. The tutorial's loop is a `DataLoader`
+over a data set that turns one image at a time into a tensor; tutorials also decode it from a PIL
+image, which is left out here, so their loops are slower than this one.
 """
 
 from __future__ import annotations
