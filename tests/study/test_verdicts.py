@@ -86,6 +86,16 @@ def test_equal_differences_are_judged_by_their_signs_and_get_no_interval():
     assert "all differences are equal" in many.reason
 
 
+def test_equal_arms_among_many_say_how_many_seeds_would_make_them_equivalent():
+    plain = around(0.95, 0.01, n=5)
+    others = {name: plain + around(0.02, 0.01, n=5, seed=i) for i, name in enumerate("abc")}
+    same = judge(ACCURACY, {"plain": plain, "same": plain.copy(), **others}, "plain")[0]
+    assert (same.verdict, same.difference) == ("inconclusive", 0)
+    assert same.seeds_needed == 2  # 1/2⁷ is under 0.05/4.
+    alone = verdict(ACCURACY, plain, plain.copy())
+    assert (alone.verdict, alone.p_equivalence) == ("equivalent", 1 / 2**5)
+
+
 def test_an_arm_that_failed_stays_in_the_family_of_equivalence():
     plain = around(0.95, 0.001)
     arms = {"a": plain + around(0, 0.001, seed=1), "b": np.append(plain[:-1], NAN)}

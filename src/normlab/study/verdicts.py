@@ -249,16 +249,17 @@ def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
 def _seeds_needed(one: Verdict, alpha: float) -> int | None:
     """Return how many more seeds would decide it four times in five, if this is how things are."""
     totals = []
-    if one.difference is None:
+    margin = one.equivalence_margin
+    if one.interval is None:  # The sign test decides.
         ties = one.n - one.wins - one.losses
         totals.append(statistics.seeds_for_sign_test(one.wins, one.losses, ties, alpha))
+        if one.difference is not None and margin and abs(one.difference) < margin:
+            totals.append(math.floor(-math.log2(alpha)) + 1)  # The least n with 1/2ⁿ under α.
     if one.effect_size:
         totals.append(statistics.seeds_for_difference(one.effect_size, alpha))
-    if one.difference is not None and one.deviation and one.equivalence_margin:
+    if one.interval is not None and one.difference is not None and one.deviation and margin:
         totals.append(
-            statistics.seeds_for_equivalence(
-                one.difference, one.deviation, one.equivalence_margin, alpha
-            )
+            statistics.seeds_for_equivalence(one.difference, one.deviation, margin, alpha)
         )
     reached = [total for total in totals if total is not None]
     return max(min(reached) - one.n, 1) if reached else None
