@@ -7,9 +7,9 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,17 +85,20 @@ def _run_in_processes(
     executor = ProcessPoolExecutor(workers, context, _start_worker, (recipe, events))
     try:
         with _workers_ignore_ctrl_c():
-            futures = [executor.submit(_work, replica) for replica in replicas]
-        unfinished = len(futures)
+            for replica in replicas:
+                executor.submit(_work, replica)
+        unfinished = len(replicas)
         while unfinished:
             try:
                 event = events.get(timeout=0.5)
             except queue.Empty:
                 pass
             else:
+                if isinstance(event, Exception):
+                    raise event
                 unfinished -= isinstance(event, Outcome)
                 yield event
-            _raise_failure(executor, futures)
+            _check_that_workers_live(executor)
     finally:
         for process in _processes(executor):
             process.terminate()
@@ -118,14 +121,14 @@ def _workers_ignore_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _raise_failure(executor: ProcessPoolExecutor, futures: Sequence[Future[None]]) -> None:
-    errors = (future.exception() for future in futures if future.done())
-    error = next((error for error in errors if error), None)
-    if error and not isinstance(error, BrokenProcessPool):
-        raise error
-    # The pool does not watch the worker that it started last until a replica is through.
-    ended = any(process.exitcode is not None for process in _processes(executor))
-    if error or ended:
+def _check_that_workers_live(executor: ProcessPoolExecutor) -> None:
+    """Look at the processes themselves.
+
+    The pool does not watch the worker that it started last until a replica is through, and its
+    futures are not asked: a Ctrl-C inside one would leave its lock taken, and the pool waiting.
+    """
+    processes = _processes(executor)
+    if not processes or any(process.exitcode is not None for process in processes):
         raise NormlabError(
             "a worker process died, perhaps for want of memory: what was measured is kept; "
             "run the same command again, with --workers 1 if it happens again"
@@ -154,5 +157,11 @@ def _end_with_parent() -> None:
 
 
 def _work(replica: Replica) -> None:
-    for event in _train(_worker["recipe"], replica, _worker["splits"]):
-        _worker["events"].put(event)
+    events = _worker["events"]
+    try:
+        for event in _train(_worker["recipe"], replica, _worker["splits"]):
+            events.put(event)
+    except NormlabError as error:
+        events.put(error)
+    except Exception:
+        events.put(RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
