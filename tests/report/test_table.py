@@ -220,3 +220,11 @@ def test_the_evidence_of_an_incomplete_study_does_not_count_seeds(compared, done
 def test_the_heading_names_the_confidence_that_was_declared(compared, confidence, expected):
     comparison = compared(confidence=confidence, missing=lambda _: True)
     assert f"{expected} interval" in lines(comparison)[0]
+
+
+def test_the_evidence_names_the_sign_test_where_all_differences_are_equal(compared):
+    comparison = compared(target_accuracy=0.1)
+    (steps,) = (one for one in comparison.verdicts if one.metric.name == "steps_to_target")
+    assert (steps.interval, steps.failed) == (None, (0, 0))
+    cells = [cell.text for cell in Table(evidence_table(comparison)).bodies[-1][1]]
+    assert cells[5].endswith(" (sign test)")

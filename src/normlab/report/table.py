@@ -43,7 +43,9 @@ def evidence_table(comparison: Comparison) -> str:
         "effect size d_z": lambda one: _number(one.effect_size, "+.2f"),
         "seeds improved": lambda one: _number(one.share_improved, ".0%"),
         "correlation": lambda one: _number(one.correlation, "+.2f"),
-        "p, t test": lambda one: _p(one.p) if not any(one.failed) else f"{_p(one.p)} (sign test)",
+        "p, t test": lambda one: (
+            _p(one.p) + " (sign test)" * (one.p is not None and one.interval is None)
+        ),
         "p, sign flips": _sign_flip,
         "p, equivalence (Holm)": lambda one: _p(one.p_equivalence),
         "margin": lambda one: (
