@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from normlab.errors import NormlabError
-from normlab.report import CHARTS, headline, html, write
+from normlab.report import CHARTS, headline, write
 from normlab.report.charts import colors
 from normlab.study import Comparison
 
@@ -175,7 +175,8 @@ def test_the_page_is_well_formed_and_answers_first(reported, page):
 
 
 def test_the_page_tells_the_chosen_rates(compared):
-    details = Page(html(compared(lr=[0.001, 0.01], seeds=2, epochs=1))).texts["details"]
+    comparison = compared(lr=[0.001, 0.01], seeds=2, epochs=1)
+    details = Page(write(comparison, comparison.folder).read_text("utf-8")).texts["details"]
     assert "Learning rates chosen, each by the other seedsplain 0.01, batch 0.01" in details
 
 

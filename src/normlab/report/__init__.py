@@ -2,7 +2,7 @@
 
 from normlab.report.charts import CHARTS, chart
 from normlab.report.live import Live
-from normlab.report.page import html, write
+from normlab.report.page import write
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.wording import headline, remarks, sentence
 
@@ -12,7 +12,6 @@ __all__ = [
     "TerminalTable",
     "chart",
     "headline",
-    "html",
     "html_table",
     "remarks",
     "sentence",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -17,7 +16,7 @@ from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline, sentence
 from normlab.study import Comparison
 
-__all__ = ["html", "write"]
+__all__ = ["write"]
 
 
 def write(comparison: Comparison, folder: Path) -> Path:
@@ -36,13 +35,14 @@ def write(comparison: Comparison, folder: Path) -> Path:
     import vl_convert
 
     specs = _specs(comparison)
+    pictures = {name: vl_convert.vegalite_to_svg(spec) for name, spec in specs.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, spec in specs.items():
-            replace(folder / f"{name}.svg", _svg(json.dumps(spec)))
+            replace(folder / f"{name}.svg", pictures[name])
             replace(folder / f"{name}.png", vl_convert.vegalite_to_png(spec, scale=2))
         replace(folder / "summary.json", json.dumps(comparison.summary(), indent=2) + "\n")
-        replace(folder / "report.html", html(comparison))
+        replace(folder / "report.html", _html(comparison, specs, pictures))
     except OSError as error:
         raise NormlabError(
             f"{folder}: the report cannot be written: {error.strerror}; the measurements are kept: "
@@ -51,7 +51,7 @@ def write(comparison: Comparison, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def html(comparison: Comparison) -> str:
+def _html(comparison: Comparison, specs: dict[str, Any], pictures: dict[str, str]) -> str:
     """Return the report as one self-contained page.
 
     The charts stand in it as SVG, so that it can be read without JavaScript; where that runs, they
@@ -59,12 +59,11 @@ def html(comparison: Comparison) -> str:
     """
     import vl_convert
 
-    specs = _specs(comparison)
     # The library's stub does not know that the snippet may be left out.
     library = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     figures = "\n".join(
-        f'<figure><div id="chart-{name}">{_svg(json.dumps(spec))}</div></figure>'
-        for name, spec in specs.items()
+        f'<figure><div id="chart-{name}">{picture}</div></figure>'
+        for name, picture in pictures.items()
     )
     template = Template((resources.files(__package__) / "page.html").read_text("utf-8"))
     return template.substitute(
@@ -88,13 +87,6 @@ def _specs(comparison: Comparison) -> dict[str, Any]:
     if len(comparison.study.arms) == 1:
         names.remove("difference")
     return {name: chart(comparison, name).to_dict() for name in names}
-
-
-@lru_cache(maxsize=8)
-def _svg(spec: str) -> str:
-    import vl_convert
-
-    return str(vl_convert.vegalite_to_svg(spec))
 
 
 def _evidence(comparison: Comparison) -> str:

@@ -23,7 +23,7 @@ __all__ = ["FILENAME", "Ledger"]
 FILENAME = "ledger.sqlite"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
 _SCHEMA = """
-CREATE TABLE study (fingerprint TEXT NOT NULL, declaration TEXT NOT NULL);
+CREATE TABLE study (declaration TEXT NOT NULL);
 CREATE TABLE session (
     id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
     versions TEXT NOT NULL, machine TEXT NOT NULL
@@ -144,9 +144,7 @@ class Ledger:
             with self._transaction():
                 for statement in _SCHEMA.split(";"):
                     self._connection.execute(statement)
-                self._connection.execute(
-                    "INSERT INTO study VALUES (?, ?)", (study.fingerprint, study.to_toml())
-                )
+                self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
                 self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         held = self.study
         if held.fingerprint != study.fingerprint:
@@ -256,11 +254,10 @@ class Ledger:
 
 
 def _difference(held: Study, wanted: Study) -> str:
-    for field in Study.model_fields:
-        before, now = getattr(held, field), getattr(wanted, field)
-        if before != now and field not in ("name", "description"):
-            return f"its {field} is {before}, not {now}"
-    return "of another version of normlab"
+    """Return the first field in which two studies of different fingerprints differ."""
+    before, now = (study.model_dump(exclude={"name", "description"}) for study in (held, wanted))
+    field = next(field for field in before if before[field] != now[field])
+    return f"its {field} is {before[field]}, not {now[field]}"
 
 
 def _versions() -> dict[str, str]:
