@@ -9,7 +9,16 @@ from importlib.metadata import version as _version
 
 from normlab.compare import Comparison, compare
 from normlab.errors import InputError, LedgerError, NormlabError
-from normlab.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm
+from normlab.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    SyncBatchNorm,
+    batch_norm,
+)
 from normlab.study import Study
 
 __version__ = _version("normlab")
@@ -20,9 +29,13 @@ __all__ = [
     "BatchNorm3d",
     "Comparison",
     "InputError",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LedgerError",
     "NormlabError",
     "Study",
+    "SyncBatchNorm",
     "batch_norm",
     "compare",
 ]

@@ -9,27 +9,45 @@ and the running statistics move toward the batch's: `running ← (1 − a)·runn
 `σ² · m/(m−1)`. In evaluation the running statistics stand in for μ and σ², so that an output
 depends on its own input alone.
 
+This is the reference: plain operations, which autograd and every transform of torch can follow.
+`fused` does the same faster.
+
 Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Moments", "batch_norm", "batch_norm_backward", "moments", "normalize"]
+__all__ = [
+    "Moments",
+    "activate",
+    "batch_norm",
+    "batch_norm_backward",
+    "moments",
+    "move_running",
+    "normalize",
+]
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance of each channel, both of shape (C,)."""
+    """Mean and biased variance of each channel, both of shape (C,), and the values in a channel."""
 
     mean: Tensor
     var: Tensor
+    count: int | Tensor
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """The variance that running statistics hold; NaN or infinite for a single value."""
+        return self.var * (self.count / (self.count - 1))
 
 
-def moments(input: Tensor) -> Moments:
+def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
     """Return the mean and the biased variance of each channel.
 
     The variance is taken around the mean, in two passes: `E[x²] − μ²` would lose every digit when
@@ -37,13 +55,24 @@ def moments(input: Tensor) -> Moments:
 
     Args:
         input: Shape (N, C, …).
+        mask: True where a value is real; broadcasts against `input`, one for all channels. None if
+            all are.
 
     >>> moments(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-    Moments(mean=tensor([1., 1.]), var=tensor([1., 0.]))
+    Moments(mean=tensor([1., 1.]), var=tensor([1., 0.]), count=2)
+    >>> moments(torch.tensor([[0.0], [2.0], [9.0]]), torch.tensor([[True], [True], [False]])).mean
+    tensor([1.])
     """
     input = input.to(_statistics_dtype(input))
-    var, mean = torch.var_mean(input, dim=_reduced(input), correction=0)
-    return Moments(mean, var)
+    if mask is None:
+        var, mean = torch.var_mean(input, dim=_reduced(input), correction=0)
+        return Moments(mean, var, input.numel() // max(input.shape[1], 1))
+    mask = mask.expand(input.shape[0], 1, *input.shape[2:])
+    count = mask.sum()
+    real = torch.where(mask, input, 0)  # Padding may hold anything, NaN too.
+    mean = real.sum(_reduced(input)) / count.clamp(min=1)
+    deviation = torch.where(mask, input - _along_channels(mean, input), 0)
+    return Moments(mean, deviation.square().sum(_reduced(input)) / count.clamp(min=1), count)
 
 
 def normalize(
@@ -115,6 +144,16 @@ def batch_norm_backward(
     return grad_input.to(input.dtype), grad_weight, grad_bias
 
 
+def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
+    """Apply the activation of a name: None, "relu", "leaky_relu", "sigmoid" or "silu"."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    return z if activation is None else _ACTIVATIONS[activation](z)
+
+
+_ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu}
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -135,84 +174,51 @@ def batch_norm(
         bias: β, shape (C,), or None for 0.
         training: Normalize by the batch's own statistics and move the running ones; otherwise by
             the running ones, which then must be given.
-        momentum: a, the weight of the new batch in the running statistics. A tensor is allowed, so
-            that a cumulative average needs no transfer to the host.
+        momentum: a, the weight of the new batch in the running statistics.
         eps: ε, added to the variance.
 
     Returns:
         Shape and dtype of `input`.
-
-    Raises:
-        ValueError: In training, a channel has a single value, whose variance says nothing, or ε is
-            not positive.
-        RuntimeError: A per-channel tensor has another length than the input has channels, or
-            statistics are missing in evaluation.
 
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> batch_norm(x, None, None, training=True)
     tensor([[-1.0000],
             [ 1.0000]])
     """
-    _check_channels(
-        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
     if not training:
-        if running_mean is None or running_var is None:
-            raise RuntimeError(
-                "batch_norm with training=False needs running_mean and running_var, and got None: "
-                "pass them, or training=True to use the batch's own statistics"
-            )
+        assert running_mean is not None
+        assert running_var is not None
         return normalize(input, running_mean, running_var, weight, bias, eps)
-    if eps <= 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    count = input.numel() // max(input.shape[1], 1)
-    if count == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got input size "
-            f"{tuple(input.shape)}: use a larger batch, drop_last=True, or eval()"
-        )
-    if count == 0:  # No values, no statistics: the running ones stay as they are.
-        nothing = input.new_zeros(input.shape[1])
-        return normalize(input, nothing, nothing, weight, bias, eps)
-    mean, var = moments(input.detach())
-    with torch.no_grad():
-        if running_mean is not None:
-            _move(running_mean, mean, momentum)
-        if running_var is not None:
-            _move(running_var, var * (count / (count - 1)), momentum)
-    output: Tensor = _BatchNormTraining.apply(input, weight, bias, mean, var, eps)
-    return output
+    batch = moments(input)
+    move_running(running_mean, batch.mean, momentum)
+    move_running(running_var, batch.unbiased_var, momentum)
+    return normalize(input, batch.mean, batch.var, weight, bias, eps)
 
 
-class _BatchNormTraining(torch.autograd.Function):
-    """Ties `normalize` by a batch's own statistics to `batch_norm_backward`."""
+@torch.no_grad()
+def move_running(
+    running: Tensor | None,
+    batch: Tensor,
+    momentum: float | Tensor,
+    where: Tensor | None = None,
+) -> None:
+    """Move a running statistic in place: `running ← (1 − a)·running + a·batch`.
 
-    @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-    ) -> Tensor:
-        return normalize(input, mean, var, weight, bias, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        input, weight, _, mean, var, ctx.eps = inputs
-        ctx.save_for_backward(input, weight, mean, var)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A second derivative is wanted, and the statistics are functions of the input too.
-            mean, var = moments(input)
-        gradients = batch_norm_backward(grad_output, input, mean, var, weight, ctx.eps)
-        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *(gradient if needed else None for gradient, needed in wanted), None, None, None
+    Args:
+        running: Shape (C,), or None if there is none.
+        batch: Shape (C,).
+        momentum: a; a tensor needs no transfer to the host.
+        where: Move only where this is True; None for everywhere.
+    """
+    if running is None:
+        return
+    batch = batch.detach().to(running.dtype)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype)
+    if where is None:
+        running.lerp_(batch, momentum)
+    else:
+        running.copy_(torch.where(where, running.lerp(batch, momentum), running))
 
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:
@@ -228,22 +234,3 @@ def _reduced(input: Tensor) -> list[int]:
 def _along_channels(per_channel: Tensor, input: Tensor) -> Tensor:
     """View a tensor of shape (C,) so that it broadcasts against (N, C, …)."""
     return per_channel.view(-1, *[1] * (input.ndim - 2))
-
-
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(running.dtype)
-    running.lerp_(batch.to(running.dtype), momentum)
-
-
-def _check_channels(input: Tensor, **per_channel: Tensor | None) -> None:
-    if input.ndim < 2:
-        raise ValueError(
-            f"batch_norm expected an input of shape (N, C, …), got {tuple(input.shape)}"
-        )
-    for name, tensor in per_channel.items():
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(
-                f"{name} should contain {input.shape[1]} elements, one for each channel of the "
-                f"input {tuple(input.shape)}, not {tensor.numel()}"
-            )

@@ -1,39 +1,340 @@
-"""`BatchNorm1d`, `2d` and `3d`: the state around `functional.batch_norm`, and nothing else."""
+"""`BatchNorm1d`, `2d`, `3d` and their lazy and synchronized kin: the state, and nothing else."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
 from torch import Tensor, nn
 
-from normlab.layers.functional import batch_norm
+from normlab.layers import sync
+from normlab.layers.fused import batch_norm, normalize_by_batch
+from normlab.layers.functional import Moments, move_running
+from normlab.layers.native import ACTIVATIONS
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "SyncBatchNorm",
+]
+
+
+class _State(NamedTuple):
+    """What a layer owns and how it is set, apart from the options that only normlab has."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    track: bool
+    momentum: float | None
+    eps: float
+    activation: str | None
+    negative_slope: float
+
+
+class _Options(NamedTuple):
+    """Those options, but for the activation."""
+
+    ghost_size: int | None
+    finite_guard: bool
+    num_batches_skipped: Tensor | None
+    update_once: bool
+    process_group: Any
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """The forward pass. Arguments, parameters, buffers and state dicts are torch's own."""
+    """The forward pass and normlab's options. Parameters, buffers and state dicts are torch's."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        moves = self.training and self.track_running_stats
-        if moves and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # Cumulative average: every batch so far weighs the same.
-                momentum = self.num_batches_tracked.double().reciprocal()
-        uses_running = moves or not self.training
-        return batch_norm(
-            input,
-            self.running_mean if uses_running else None,
-            self.running_var if uses_running else None,
+    _ranks: tuple[int, ...] = ()
+    _synchronized = False
+    process_group: Any = None
+    name: str = ""
+    num_batches_skipped: Tensor | None
+
+    def _set_options(
+        self,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        ghost_size: int | None = None,
+        finite_guard: bool = False,
+        update_once: bool = False,
+        float32_statistics: bool = False,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(f"unknown activation {activation!r}: known are {known}")
+        if ghost_size is not None and ghost_size < 1:
+            raise ValueError(f"ghost_size must be positive, but got {ghost_size}")
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.ghost_size = ghost_size
+        self.finite_guard = finite_guard
+        self.update_once = update_once
+        self.float32_statistics = float32_statistics
+        # Not in the state dict, whose keys stay torch's.
+        counter = torch.tensor(0) if finite_guard else None
+        self.register_buffer("num_batches_skipped", counter, persistent=False)
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize, add `residual`, activate.
+
+        Args:
+            input: Shape (N, C, …).
+            residual: Added before the activation; the shape of `input`.
+            mask: True where a value is real, shape (N, …) without C: the statistics are taken over
+                what is real, and every value is normalized by them.
+            lengths: In place of `mask`: how many values along the last dimension are real, shape
+                (N,).
+        """
+        buffers = self._buffers
+        state = (
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
+            self.training,
+            self.track_running_stats,
+            self.momentum,
             self.eps,
+            self.activation,
+            self.negative_slope,
+        )
+        special = (
+            self.ghost_size is not None
+            or self.finite_guard
+            or self.update_once
+            or self._synchronized
+            or mask is not None
+            or lengths is not None
+        )
+        try:
+            if not special:
+                return plain_forward(self._ranks, input, residual, *state)
+            options = _Options(
+                self.ghost_size,
+                self.finite_guard,
+                self.num_batches_skipped,
+                self.update_once,
+                sync.group(self.process_group) if self._synchronized else None,
+            )
+            return special_forward(
+                self._ranks, input, residual, mask, lengths, _State(*state), options
+            )
+        except (ValueError, RuntimeError) as error:
+            # Subclasses carry messages of their own, and some are not errors at all.
+            if type(error) not in (ValueError, RuntimeError, NotImplementedError):
+                raise
+            name = f"{type(self).__name__}({self.num_features})"
+            raise type(error)(f"{error}; in {name}{self.name and f' {self.name!r}'}") from error
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        kept = (self.running_mean, self.running_var) if self.float32_statistics else ()
+        super()._apply(fn, recurse)
+        for name, before in zip(("running_mean", "running_var"), kept, strict=False):
+            now = getattr(self, name)
+            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before.to(now.device))
+        return self
+
+    def extra_repr(self) -> str:
+        options = {
+            "activation": (self.activation, None),
+            "ghost_size": (self.ghost_size, None),
+            "finite_guard": (self.finite_guard, False),
+            "update_once": (self.update_once, False),
+            "float32_statistics": (self.float32_statistics, False),
+        }
+        given = "".join(
+            f", {name}={value!r}" for name, (value, default) in options.items() if value != default
+        )
+        return super().extra_repr() + given
+
+
+# Symbolic tracing takes either call for one step, so that they may look at their tensors.
+@torch.fx.wrap
+def plain_forward(
+    ranks: tuple[int, ...],
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    track: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """Run the forward pass of a layer without a mask, by its own batch."""
+    _check_rank(input, ranks)
+    by_batch = training or (running_mean is None and running_var is None)
+    factor: float | Tensor = 0.0 if momentum is None else momentum
+    if training and track:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:  # Cumulative average: every batch so far weighs the same.
+                factor = num_batches_tracked.double().reciprocal()
+    elif by_batch:
+        running_mean = running_var = None
+    return batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        by_batch,
+        factor,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+    )
+
+
+@torch.fx.wrap
+def special_forward(
+    ranks: tuple[int, ...],
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    state: _State,
+    options: _Options,
+) -> Tensor:
+    """Run the forward pass of a layer with options, a mask or a process group."""
+    _check_rank(input, ranks)
+    if lengths is not None:
+        positions = torch.arange(input.shape[-1], device=input.device)
+        mask = (positions < lengths.view(-1, *[1] * (input.ndim - 2))).expand(
+            input.shape[0], *input.shape[2:]
+        )
+    if options.update_once and _repeats():
+        state = state._replace(track=False)
+    ghosts = 1
+    if options.ghost_size is not None and state.training:
+        ghosts = max(1, -(-input.shape[0] // options.ghost_size))
+    parts = [
+        [None] * ghosts if each is None else each.tensor_split(ghosts)
+        for each in (input, residual, mask)
+    ]
+    outputs = [_ghost_forward(*part, state, options) for part in zip(*parts, strict=True)]
+    return outputs[0] if ghosts == 1 else torch.cat(outputs)
+
+
+def _ghost_forward(
+    input: Tensor, residual: Tensor | None, mask: Tensor | None, state: _State, options: _Options
+) -> Tensor:
+    training = state.training or (state.running_mean is None and state.running_var is None)
+    synchronized = options.process_group is not None
+    if not training or (mask is None and not options.finite_guard and not synchronized):
+        return plain_forward((), input, residual, *state)
+    follow = (state.activation, state.negative_slope, residual, mask)
+    arguments = (input, state.weight, state.bias, state.eps, *follow)
+    output, batch = (
+        sync.normalize_by_group(*arguments, options.process_group)
+        if synchronized
+        else normalize_by_batch(*arguments)
+    )
+    if state.training and state.track:
+        _move(batch, state, options.num_batches_skipped)
+    return output
+
+
+def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
+    if ranks and input.ndim not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+
+
+def _move(batch: Moments, state: _State, num_batches_skipped: Tensor | None) -> None:
+    """Move the running statistics by a batch, if it can be used."""
+    usable = torch.as_tensor(batch.count > 1, device=batch.mean.device)
+    if num_batches_skipped is not None:
+        finite = batch.mean.isfinite().all() & batch.var.isfinite().all()
+        num_batches_skipped.add_(~finite)
+        usable = usable & finite
+    momentum: float | Tensor = 0.0 if state.momentum is None else state.momentum
+    if state.num_batches_tracked is not None:
+        state.num_batches_tracked.add_(usable)
+        if state.momentum is None:
+            momentum = state.num_batches_tracked.clamp(min=1).double().reciprocal()
+    move_running(state.running_mean, batch.mean, momentum, usable)
+    move_running(state.running_var, batch.unbiased_var, momentum, usable)
+
+
+def _repeats() -> bool:
+    """Tell whether a checkpointed forward pass is being repeated, which happens inside backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Eager(_BatchNorm):
+    """A layer that knows its number of channels."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        ghost_size: int | None = None,
+        finite_guard: bool = False,
+        update_once: bool = False,
+        float32_statistics: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        self._set_options(
+            activation, negative_slope, ghost_size, finite_guard, update_once, float32_statistics
         )
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class _Lazy(_BatchNorm):
+    """A layer that learns its number of channels from the first batch."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self._set_options(**options)
+
+
+class BatchNorm1d(_Eager, nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L), a drop-in for `torch.nn.BatchNorm1d`.
 
     Args:
@@ -43,6 +344,19 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
             all batches so far.
         affine: Learn γ (`weight`) and β (`bias`).
         track_running_stats: Keep running statistics and use them in evaluation.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
+        bias: Learn β, if `affine`.
+        activation: What follows, in the same pass over memory: "relu", "leaky_relu", "sigmoid" or
+            "silu".
+        negative_slope: Of "leaky_relu".
+        ghost_size: In training, normalize by the statistics of parts of the batch, of this many
+            samples at most and of sizes as equal as can be, as if they came one after another.
+        finite_guard: Leave the running statistics alone where the batch's are NaN or infinite, and
+            count such batches in `num_batches_skipped`.
+        update_once: Do not move the running statistics again when activation checkpointing repeats
+            the forward pass.
+        float32_statistics: Keep the running statistics in float32 under `half()` and `bfloat16()`.
 
     >>> import torch
     >>> layer = BatchNorm1d(3)
@@ -50,19 +364,23 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     (torch.Size([2, 3]), tensor([0.1500, 0.2500, 0.3500]))
     """
 
+    _ranks = (2, 3)
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+
+class BatchNorm2d(_Eager, nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W), a drop-in for `torch.nn.BatchNorm2d`.
 
     Arguments as for `BatchNorm1d`.
 
     >>> import torch
-    >>> BatchNorm2d(3)(torch.rand(2, 3, 4, 4)).shape
-    torch.Size([2, 3, 4, 4])
+    >>> BatchNorm2d(3, activation="relu")(torch.rand(2, 3, 4, 4)).min()
+    tensor(0., grad_fn=<MinBackward1>)
     """
 
+    _ranks = (4,)
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+
+class BatchNorm3d(_Eager, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W), a drop-in for `torch.nn.BatchNorm3d`.
 
     Arguments as for `BatchNorm1d`.
@@ -71,3 +389,130 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     >>> BatchNorm3d(3)(torch.rand(2, 3, 2, 4, 4)).shape
     torch.Size([2, 3, 2, 4, 4])
     """
+
+    _ranks = (5,)
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):
+    """A `BatchNorm1d` that takes its number of channels from the first batch.
+
+    Arguments as for `BatchNorm1d`, but without `num_features`.
+
+    >>> import torch
+    >>> layer = LazyBatchNorm1d()
+    >>> _ = layer(torch.rand(4, 3))
+    >>> layer
+    BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    _ranks = (2, 3)
+
+
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
+    """A `BatchNorm2d` that takes its number of channels from the first batch.
+
+    Arguments as for `BatchNorm1d`, but without `num_features`.
+    """
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    _ranks = (4,)
+
+
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
+    """A `BatchNorm3d` that takes its number of channels from the first batch.
+
+    Arguments as for `BatchNorm1d`, but without `num_features`.
+    """
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    _ranks = (5,)
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """Batch normalization by the batch of all ranks of a process group, on any backend.
+
+    A drop-in for `torch.nn.SyncBatchNorm`, which refuses tensors on a CPU. In evaluation, and where
+    no process group is initialized, it is plain batch normalization.
+
+    Args:
+        num_features: C.
+        eps: ε, added to the variance.
+        momentum: The weight of the new batch in the running statistics; None for the average of
+            all batches so far.
+        affine: Learn γ (`weight`) and β (`bias`).
+        track_running_stats: Keep running statistics and use them in evaluation.
+        process_group: Whose batch counts; None for all ranks.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
+        bias: Learn β, if `affine`.
+        options: Those of `BatchNorm1d` that follow `bias`.
+
+    Shape: (N, C, …) to the same.
+    """
+
+    _synchronized = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            process_group,
+            device,
+            dtype,
+            bias=bias,
+        )
+        self._set_options(**options)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Put a `SyncBatchNorm` in the place of every batch norm layer, sharing its tensors.
+
+        As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the module is changed in place, unless
+        it is itself a batch norm layer.
+        """
+        converted = module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            options = {name: getattr(module, name) for name in _OPTIONS if hasattr(module, name)}
+            converted = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                module.affine,
+                module.track_running_stats,
+                process_group,
+                bias=module.bias is not None,
+                **options,
+            )
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                setattr(converted, name, tensor)
+            converted.training = module.training
+        for name, child in module.named_children():
+            setattr(converted, name, cls.convert_sync_batchnorm(child, process_group))
+        return converted
+
+
+_OPTIONS = (
+    "activation",
+    "negative_slope",
+    "ghost_size",
+    "finite_guard",
+    "update_once",
+    "float32_statistics",
+)

@@ -1,0 +1,312 @@
+"""Batch normalization as users call it: by normlab's kernels, by torch's, or by the reference.
+
+normlab's kernels do the work for tensors in main memory that are worth a call; torch's do it on
+other devices, for small tensors, and in programs that are exported, which then run without normlab.
+The reference does it where there is a mask.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from normlab.layers import native, operators
+from normlab.layers.functional import Moments, activate, moments, move_running, normalize
+
+__all__ = ["SMALL", "batch_norm", "normalize_by_batch"]
+
+SMALL = 1 << 15
+"""Values below which the call costs more than the work, so that torch's operator is as fast."""
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Normalize each channel, then add and activate: `torch.nn.functional.batch_norm` and more.
+
+    Args:
+        input: Shape (N, C, …), floating point.
+        running_mean: Shape (C,); used in evaluation, moved in place in training; may be None.
+        running_var: Shape (C,); holds the unbiased variance; given or absent with `running_mean`.
+        weight: γ, shape (C,), or None for 1.
+        bias: β, shape (C,), or None for 0.
+        training: Normalize by the batch's own statistics and move the running ones; otherwise by
+            the running ones, which then must be given.
+        momentum: a, the weight of the new batch in the running statistics. A tensor is allowed, so
+            that a cumulative average needs no transfer to the host.
+        eps: ε, added to the variance.
+        activation: What follows: None, "relu", "leaky_relu", "sigmoid" or "silu". On a CPU it is
+            part of the same pass over memory, and nothing is stored between.
+        negative_slope: Of "leaky_relu".
+        residual: Added before the activation; the shape of `input`.
+        mask: True where a value is real, shape (N, …) without C, or one that broadcasts to it.
+            The statistics are taken over what is real; every value is normalized by them.
+
+    Returns:
+        Shape and dtype of `input`.
+
+    Raises:
+        ValueError: In training, a channel has a single value, whose variance says nothing, or ε is
+            not positive; the activation is unknown.
+        RuntimeError: A tensor has another shape or device than the input asks for, or statistics
+            are missing in evaluation.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> batch_norm(x, None, None, training=True)
+    tensor([[-1.0000],
+            [ 1.0000]])
+    >>> batch_norm(x, None, None, training=True, activation="relu")
+    tensor([[0.0000],
+            [1.0000]])
+    """
+    _check(input, running_mean, running_var, weight, bias, activation, residual, mask)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                "batch_norm with training=False needs running_mean and running_var, and got None: "
+                "pass them, or training=True to use the batch's own statistics"
+            )
+        if eps < 0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    elif mask is None:
+        _check_training(input, eps)
+    way = _way(input)
+    if training and (
+        mask is not None
+        or isinstance(momentum, Tensor)
+        or (way is not _Way.TORCH and not (way is _Way.DIRECT and _moves(input, running_mean)))
+    ):
+        output, batch = normalize_by_batch(
+            input, weight, bias, eps, activation, negative_slope, residual, mask
+        )
+        if input.numel():
+            usable = None if isinstance(batch.count, int) else batch.count > 1
+            move_running(running_mean, batch.mean, momentum, usable)
+            move_running(running_var, batch.unbiased_var, momentum, usable)
+        return output
+    if way is _Way.TORCH:
+        assert not isinstance(momentum, Tensor)
+        running = (running_mean, running_var)
+        z = _torch_batch_norm(input, *running, weight, bias, training, momentum, eps)
+        return _follow(z, residual, activation, negative_slope)
+    fused = _fuses(input, residual, activation)
+    z, _ = _CALLS[way](
+        input,
+        residual if fused else None,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        eps,
+        activation if fused else None,
+        negative_slope,
+        training,
+        1,
+        momentum,
+    )
+    return z if fused else _follow(z, residual, activation, negative_slope)
+
+
+def normalize_by_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """Return what `batch_norm` returns in training, and the statistics, moving none.
+
+    Arguments as for `batch_norm`.
+    """
+    if mask is not None:
+        batch = moments(input, mask.unsqueeze(1))
+        z = normalize(input, batch.mean, batch.var, weight, bias, eps)
+        return _follow(z, residual, activation, negative_slope), batch
+    _check_training(input, eps)
+    count = input.numel() // max(input.shape[1], 1)
+    way = _way(input)
+    if way is _Way.TORCH:
+        # Running statistics that take the batch's whole: torch hands the variance out nowhere else.
+        mean, var = torch.zeros(
+            2, input.shape[1], device=input.device, dtype=_statistics_dtype(input)
+        )
+        z = _torch_batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+        batch = Moments(mean, var * ((count - 1) / max(count, 1)), count)
+        return _follow(z, residual, activation, negative_slope), batch
+    fused = _fuses(input, residual, activation)
+    z, (mean, var) = _CALLS[way](
+        input,
+        residual if fused else None,
+        weight,
+        bias,
+        None,
+        None,
+        eps,
+        activation if fused else None,
+        negative_slope,
+        True,
+        1,
+        0.0,
+    )
+    output = z if fused else _follow(z, residual, activation, negative_slope)
+    return output, Moments(mean, var, count)
+
+
+class _Way(Enum):
+    """Who does the work: torch's kernels, or normlab's, called directly or as an operator."""
+
+    TORCH = 0
+    DIRECT = 1
+    OPERATOR = 2
+
+
+_CALLS = {
+    _Way.DIRECT: operators.batch_norm_directly,
+    _Way.OPERATOR: operators.batch_norm,
+}
+
+
+def _way(input: Tensor) -> _Way:
+    size = input.numel()
+    if size == 0 or input.device.type != "cpu" or input.dtype not in native.ARITHMETIC:
+        return _Way.TORCH
+    plain = operators.is_plain(input)
+    if not native.BUILT:
+        if plain:
+            native.warn_once()
+        return _Way.TORCH
+    if not plain:
+        return _Way.TORCH if torch.compiler.is_exporting() else _Way.OPERATOR
+    if torch._C._get_tracing_state() is not None:
+        return _Way.TORCH
+    # torch's kernel for bfloat16 rounds scale and shift to it; so there is no size too small.
+    small = size < SMALL and input.dtype != torch.bfloat16
+    return _Way.TORCH if small else _Way.DIRECT
+
+
+def _moves(input: Tensor, running: Tensor | None) -> bool:
+    """Tell whether the kernel itself can move running statistics."""
+    return running is None or (
+        running.dtype == native.ARITHMETIC[input.dtype] and running.is_contiguous()
+    )
+
+
+def _fuses(input: Tensor, residual: Tensor | None, activation: str | None) -> bool:
+    """Tell whether the kernel does what follows the normalization."""
+    return residual is None or (activation in (None, "relu") and residual.dtype == input.dtype)
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's second derivatives are wrong for a bias alone.
+    if running_mean is not None and weight is not None and weight.dtype != running_mean.dtype:
+        # torch's kernels want one dtype for all that is per channel.
+        weight = weight.to(running_mean.dtype)
+        bias = None if bias is None else bias.to(running_mean.dtype)
+    return torch.batch_norm(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        torch.backends.cudnn.enabled,
+    )
+
+
+def _follow(
+    z: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+) -> Tensor:
+    return activate(z if residual is None else z + residual, activation, negative_slope)
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def _check_training(input: Tensor, eps: float) -> None:
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if input.numel() == input.shape[1]:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{tuple(input.shape)}: use a larger batch, drop_last=True, or eval()"
+        )
+
+
+_PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    shape = input.shape
+    if len(shape) < 2:
+        raise ValueError(f"batch_norm expected an input of shape (N, C, …), got {tuple(shape)}")
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f"batch_norm expected floating-point input, got {input.dtype}: convert it, as in "
+            "input.float()"
+        )
+    channels, device = shape[1], input.device
+    for name, tensor in zip(_PER_CHANNEL, (running_mean, running_var, weight, bias), strict=True):
+        if tensor is None:
+            continue
+        if tensor.numel() != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements, one for each channel of the "
+                f"input {tuple(shape)}, not {tensor.numel()}"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device: {name} is on {tensor.device}, the "
+                f"input on {device}; move one of them with .to()"
+            )
+    if activation not in native.ACTIVATIONS:
+        known = ", ".join(repr(name) for name in native.ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: known are {known}")
+    if residual is not None and residual.shape != shape:
+        raise RuntimeError(
+            f"residual of shape {tuple(residual.shape)} cannot be added to an input of shape "
+            f"{tuple(shape)}: they must be equal"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != len(shape) - 1):
+        raise RuntimeError(
+            f"mask should be of dtype bool and shape {(shape[0], *shape[2:])}, that of the input "
+            f"{tuple(shape)} without channels, not {mask.dtype} and {tuple(mask.shape)}"
+        )

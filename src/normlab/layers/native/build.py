@@ -1,0 +1,102 @@
+"""Compiles the kernels: `python -m normlab.layers.native.build`.
+
+Only the standard library and a C++ compiler are needed, so that a build of the package can run this
+file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__ = ["LIBRARY", "SOURCE", "build", "instruction_sets"]
+
+SOURCE = Path(__file__).with_name("batch_norm.cpp")
+LIBRARY = Path(__file__).with_name("_batch_norm.so")
+
+_FLAGS = [
+    *("-std=c++17", "-fPIC", "-Wall", "-Wextra"),
+    # Vectorized where the length is known only at run time; -O3 adds nothing but build time.
+    *("-O2", "-ftree-vectorize"),
+    # The loops look neither at errno nor at exceptions; NaN and Inf keep their meaning.
+    *("-fno-math-errno", "-fno-trapping-math"),
+]
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Return what the kernels are compiled for: names, best last, and their flags."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return {"base": [], "v3": ["-march=x86-64-v3"]}
+    return {"base": []}
+
+
+def build(library: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
+    """Compile the kernels into a shared library, whole or not at all.
+
+    Args:
+        library: The file to write.
+        extra: More flags for the compiler and the linker.
+
+    Returns:
+        `library`.
+
+    Raises:
+        OSError: There is no C++ compiler, or it failed; the message has its last words.
+    """
+    compiler = _compiler()
+    # Without OpenMP (Apple's compiler) the kernels run on one thread.
+    threads = ["-fopenmp"] if _compiles(compiler, "-fopenmp") else ["-Wno-unknown-pragmas"]
+    flags = [*_FLAGS, *threads, *extra]
+    if not _compiles(compiler, "-fvect-cost-model=dynamic"):
+        flags = [flag for flag in flags if flag != "-ftree-vectorize"]
+    else:
+        flags.append("-fvect-cost-model=dynamic")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects = {name: str(Path(folder, f"{name}.o")) for name in instruction_sets()}
+
+        def compile_for(name: str) -> None:
+            suffix = f"-DNORMLAB_SUFFIX={name}"
+            options = [*flags, *instruction_sets()[name], suffix, "-c", str(SOURCE)]
+            _run([*compiler, *options, "-o", objects[name]])
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_for, objects))
+        linked = Path(folder, library.name)
+        _run([*compiler, "-shared", *objects.values(), *flags, "-o", str(linked)])
+        linked.replace(library)
+    return library
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if named:
+        return shlex.split(named)
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise OSError("no C++ compiler was found: install one (g++ or clang++), or name it in CXX")
+
+
+def _compiles(compiler: list[str], flag: str) -> bool:
+    command = [*compiler, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except OSError as error:
+        sys.exit(f"normlab: {error}")
