@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from normlab.layers import batch_norm, batch_norm_backward, moments
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LAYOUTS = {
     "contiguous": lambda x: x,

@@ -12,6 +12,8 @@ from torch.testing import assert_close
 
 from normlab.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LAYOUTS = {
     "contiguous": lambda x: x,

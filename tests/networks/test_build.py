@@ -162,7 +162,7 @@ def test_the_activation_is_the_one_asked_for(activation):
             "resnet",
             "plain",
             (1, 28, 28),
-            "unknown network 'resnet'.*: known are lenet and mlp:32,32",
+            "unknown network 'resnet'.*: known are lenet, resnet18, mlp:32,32",
         ),
         ("leenet", "plain", (1, 28, 28), "did you mean lenet"),
         ("mlp", "plain", (1, 28, 28), "wants its hidden sizes"),

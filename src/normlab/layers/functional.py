@@ -17,6 +17,7 @@ Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,12 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    n: int | Tensor
 
     @property
     def unbiased_var(self) -> Tensor:
         """The variance that running statistics hold; NaN or infinite for a single value."""
-        return self.var * (self.count / (self.count - 1))
+        return self.var * (self.n / (self.n - 1))
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
@@ -59,7 +60,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
             all are.
 
     >>> moments(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-    Moments(mean=tensor([1., 1.]), var=tensor([1., 0.]), count=2)
+    Moments(mean=tensor([1., 1.]), var=tensor([1., 0.]), n=2)
     >>> moments(torch.tensor([[0.0], [2.0], [9.0]]), torch.tensor([[True], [True], [False]])).mean
     tensor([1.])
     """
@@ -151,7 +152,11 @@ def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) ->
     return z if activation is None else _ACTIVATIONS[activation](z)
 
 
-_ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
 
 
 def batch_norm(

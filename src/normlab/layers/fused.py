@@ -94,7 +94,7 @@ def batch_norm(
             input, weight, bias, eps, activation, negative_slope, residual, mask
         )
         if input.numel():
-            usable = None if isinstance(batch.count, int) else batch.count > 1
+            usable = None if isinstance(batch.n, int) else batch.n > 1
             move_running(running_mean, batch.mean, momentum, usable)
             move_running(running_var, batch.unbiased_var, momentum, usable)
         return output

@@ -9,8 +9,8 @@ import torch.fx
 from torch import Tensor, nn
 
 from normlab.layers import sync
-from normlab.layers.fused import batch_norm, normalize_by_batch
 from normlab.layers.functional import Moments, move_running
+from normlab.layers.fused import batch_norm, normalize_by_batch
 from normlab.layers.native import ACTIVATIONS
 
 __all__ = [
@@ -148,7 +148,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super()._apply(fn, recurse)
         for name, before in zip(("running_mean", "running_var"), kept, strict=False):
             now = getattr(self, name)
-            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+            if before is not None and now.dtype in (torch.float16, torch.bfloat16):
                 setattr(self, name, before.to(now.device))
         return self
 
@@ -236,7 +236,7 @@ def special_forward(
         [None] * ghosts if each is None else each.tensor_split(ghosts)
         for each in (input, residual, mask)
     ]
-    outputs = [_ghost_forward(*part, state, options) for part in zip(*parts, strict=True)]
+    outputs = [_ghost_forward(x, r, m, state, options) for x, r, m in zip(*parts, strict=True)]
     return outputs[0] if ghosts == 1 else torch.cat(outputs)
 
 
@@ -267,7 +267,7 @@ def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
 
 def _move(batch: Moments, state: _State, num_batches_skipped: Tensor | None) -> None:
     """Move the running statistics by a batch, if it can be used."""
-    usable = torch.as_tensor(batch.count > 1, device=batch.mean.device)
+    usable = torch.as_tensor(batch.n > 1, device=batch.mean.device)
     if num_batches_skipped is not None:
         finite = batch.mean.isfinite().all() & batch.var.isfinite().all()
         num_batches_skipped.add_(~finite)
@@ -330,7 +330,9 @@ class _Lazy(_BatchNorm):
         bias: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        # Here comes torch's own lazy layer, which has no number of channels to be told.
+        lazy: Any = super().__init__
+        lazy(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._set_options(**options)
 
 
@@ -405,7 +407,7 @@ class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):
     BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
 
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
     _ranks = (2, 3)
 
 
@@ -415,7 +417,7 @@ class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
     Arguments as for `BatchNorm1d`, but without `num_features`.
     """
 
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
     _ranks = (4,)
 
 
@@ -425,7 +427,7 @@ class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
     Arguments as for `BatchNorm1d`, but without `num_features`.
     """
 
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d
     _ranks = (5,)
 
 

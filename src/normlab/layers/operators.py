@@ -42,6 +42,8 @@ def is_plain(input: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(input) in _PLAIN_TYPES
+        and not input.is_neg()
+        and not input._is_zerotensor()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
@@ -112,16 +114,28 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(needs)
-        if torch.is_grad_enabled():  # The derivative is to be differentiated again.
-            gradients = _differentiable_backward(ctx, grad)
+        if torch.is_grad_enabled() or _is_transformed(grad):
+            gradients = _reference_backward(ctx, grad)
         else:
-            gradients = ctx.backward(grad, *ctx.saved_tensors, *ctx.options, [*needs[4:6]])
+            backward = ctx.backward
+            if not is_plain(grad):  # Hooks and modes may hand back what has no memory to read.
+                backward = torch.ops.normlab.batch_norm_backward
+            gradients = backward(grad, *ctx.saved_tensors, *ctx.options, [*needs[4:6]])
         wanted = (gradients[i] if needs[2 + i] else None for i in range(4))
         return None, None, *wanted, *(None,) * (len(needs) - 6)
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Return the gradients by way of the reference, whose operations can be differentiated."""
+def _is_transformed(grad: Tensor) -> bool:
+    """Tell whether the backward pass is itself vectorized or differentiated."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.is_legacy_batchedtensor(grad)  # From `is_grads_batched`.
+        or forward_ad._current_level >= 0
+    )
+
+
+def _reference_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients by way of the reference, whose operations every transform can follow."""
     input, output, weight, bias, statistics = ctx.saved_tensors
     eps, activation, negative_slope, training, replicas = ctx.options
     if output is not None:  # After an addition: the identity or ReLU, whose slope is 0 or 1.
@@ -129,9 +143,14 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         activation = None
     leaves = [input, weight, bias]
     needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    mean, var = statistics
     options = (eps, activation, negative_slope, training, replicas)
-    again, _ = _reference(input, None, weight, bias, *statistics, *options)
-    gradients = iter(torch.autograd.grad(again, needed, grad, create_graph=True) if needed else ())
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        again, _ = _reference(input, None, weight, bias, mean, var, *options)
+    gradients = iter(
+        torch.autograd.grad(again, needed, grad, create_graph=create_graph) if needed else ()
+    )
     by_input, by_weight, by_bias = (
         next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves
     )
@@ -189,16 +208,22 @@ def _autograd(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
 _library.impl("batch_norm", _autograd, "Autograd", with_keyset=True)
 
 
-@torch.library.register_fake("normlab::batch_norm", lib=_library)
-def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, replicas = rest
     output = torch.empty_like(input, memory_format=native.memory_format(input))
     return output, input.new_empty((2, replicas * input.shape[1]), dtype=torch.float64)
 
 
-@torch.library.register_fake("normlab::batch_norm_backward", lib=_library)
-def _(_: Tensor, input: Tensor, output: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    weight, bias, statistics, *_, wanted = rest
+def _fake_backward(
+    grad: Tensor,  # noqa: ARG001 - an operator's signature
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, wanted = rest
     like_input = torch.empty_like(input, memory_format=native.memory_format(input))
     per_channel = (
         input.new_empty(
@@ -226,4 +251,6 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
     return (output.unflatten(0, (batch, -1)), statistics.unflatten(1, (batch, -1))), (0, 1)
 
 
+torch.library.register_fake("normlab::batch_norm", _fake, lib=_library)
+torch.library.register_fake("normlab::batch_norm_backward", _fake_backward, lib=_library)
 torch.library.register_vmap("normlab::batch_norm", _vmap, lib=_library)

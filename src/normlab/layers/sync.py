@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normlab.layers.functional import Moments, activate, moments, normalize
+from normlab.layers.functional import Moments, activate, moments
 
 __all__ = ["group", "normalize_by_group"]
 
@@ -49,8 +49,10 @@ def normalize_by_group(
         ValueError: The group has a single value per channel.
     """
     wide_mask = None if mask is None else mask.unsqueeze(1)
+    if wide_mask is not None:  # Padding may hold anything; NaN would reach the gradients.
+        input = torch.where(wide_mask, input, input.nan_to_num(0, 0, 0))
     batch = _combine(input.detach(), wide_mask, process_group)
-    if mask is None and batch.count == 1:
+    if mask is None and batch.n == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, over all ranks; got input size "
             f"{tuple(input.shape)}: use larger batches, drop_last=True, or eval()"
@@ -61,12 +63,14 @@ def normalize_by_group(
 
 def _combine(input: Tensor, mask: Tensor | None, process_group: Any) -> Moments:
     channels = input.shape[1]
+    mine = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=input.device)
     if input.numel():
-        mean, var, count = moments(input, mask)
-    else:
-        mean, var, count = input.new_zeros(channels), input.new_zeros(channels), 0
-    count = torch.as_tensor(count, dtype=torch.float64, device=input.device)
-    mine = torch.cat([count.view(1), mean.double(), var.double() * count])
+        near = moments(input, mask).mean
+        # float32 rounds a large mean by much of a small deviation, but not what it is above a
+        # value near it.
+        rest, var, n = moments(input - _along_channels(near, input), mask)
+        n = torch.as_tensor(n, dtype=torch.float64, device=input.device)
+        mine = torch.cat([n.view(1), near.double() + rest.double(), var.double() * n])
     everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(everybody, mine, group=process_group)
     counts, means, squares = torch.stack(everybody).split([1, channels, channels], dim=1)
@@ -90,30 +94,52 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         process_group: Any,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, batch.mean, batch.var, batch.count, mask)
+        ctx.save_for_backward(input, weight, bias, batch.mean, batch.var, batch.n, mask)
         ctx.eps, ctx.process_group = eps, process_group
-        return normalize(input, batch.mean, batch.var, weight, bias, eps)
+        output = _normalized(input, batch.mean, batch.var, eps)
+        if weight is not None:
+            output = output * _along_channels(weight, input)
+        if bias is not None:
+            output = output + _along_channels(bias, input)
+        return output.to(input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight, mean, var, count, mask = ctx.saved_tensors
-        # Normalized without γ and β; the sums run in the dtype of the statistics.
-        normalized = normalize(input, mean, var, None, None, ctx.eps)
+        input, weight, bias, mean, var, count, mask = ctx.saved_tensors
+        normalized = _normalized(input, mean, var, ctx.eps)
         over = [dim for dim in range(input.ndim) if dim != 1]
-        grad_bias = grad.sum(over, dtype=torch.float64)
-        grad_weight = (grad * normalized).sum(over, dtype=torch.float64)
-        sums = torch.cat([grad_bias, grad_weight])
+        by_bias = grad.sum(over, dtype=torch.float64)
+        by_weight = (grad * normalized).sum(over, dtype=torch.float64)
+        sums = torch.cat([by_bias, by_weight])
         dist.all_reduce(sums, group=ctx.process_group)
-        shift, tilt = (sums / count.clamp(min=1)).view(2, -1, *[1] * (input.ndim - 2))
-        pull = shift + tilt * normalized  # How a value acts through the shared mean and variance.
+        shift, tilt = (sums / count.clamp(min=1)).to(normalized.dtype).chunk(2)
+        # How a value acts through the shared mean and variance.
+        pull = _along_channels(shift, input) + _along_channels(tilt, input) * normalized
         if mask is not None:
             pull = torch.where(mask, pull, 0)
         scale = torch.rsqrt(var + ctx.eps)
         if weight is not None:
             scale = scale * weight
-        grad_input = (grad - pull) * scale.view(-1, *[1] * (input.ndim - 2))
-        parameters = (
-            None if weight is None else part.to(weight.dtype) for part in (grad_weight, grad_bias)
+        by_input = (grad - pull) * _along_channels(scale.to(normalized.dtype), input)
+        return (
+            by_input.to(input.dtype),
+            None if weight is None else by_weight.to(weight.dtype),
+            None if bias is None else by_bias.to(bias.dtype),
+            *[None] * 4,
         )
-        return grad_input.to(input.dtype), *parameters, None, None, None, None
+
+
+def _normalized(input: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Return `(x − μ) / √(σ² + ε)`, in float32 for half-precision input."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    rstd = torch.rsqrt(var + eps)
+    shift = mean.to(dtype)
+    rest = (mean - shift) * rstd  # Of a large mean, what float32 cuts off is much of a deviation.
+    scaled = (input - _along_channels(shift, input)) * _along_channels(rstd.to(dtype), input)
+    return scaled - _along_channels(rest.to(dtype), input)
+
+
+def _along_channels(per_channel: Tensor, input: Tensor) -> Tensor:
+    """View a tensor of shape (C,) so that it broadcasts against (N, C, …)."""
+    return per_channel.view(-1, *[1] * (input.ndim - 2))

@@ -12,11 +12,13 @@ from normlab.layers import norm_constructor
 from normlab.networks.architectures import lenet, mlp
 from normlab.networks.arms import parse_arm
 from normlab.networks.blocks import Slots
+from normlab.networks.resnet import resnet18
 from normlab.streams import stream
 
 __all__ = ["INITS", "build_network", "check_network"]
 
 INITS = ("torch", "xavier")
+_FIXED = {"lenet": lenet, "resnet18": resnet18}
 _WIDEST = 65_536
 
 
@@ -47,7 +49,7 @@ def build_network(
     the layer's name, so layers that two arms share start from the same values.
 
     Args:
-        name: `lenet`, or `mlp:` and the hidden sizes.
+        name: `lenet`, `resnet18`, or `mlp:` and the hidden sizes.
         arm: As `parse_arm` reads it.
         seed: The replica's seed.
         image_shape: (C, H, W).
@@ -76,7 +78,7 @@ def build_network(
     hidden = _hidden_sizes(name)
     with torch.device("meta"):  # No values yet: torch's constructors draw from the global RNG.
         if hidden is None:
-            network = lenet(image_shape, classes, slots)
+            network = _FIXED[name](image_shape, classes, slots)
         else:
             network = mlp(image_shape, classes, hidden, slots)
     if parsed.norm and not any(part.endswith(".norm") for part, _ in network.named_modules()):
@@ -104,15 +106,15 @@ def _initialize(layer: nn.Linear | nn.Conv2d, init: str, generator: torch.Genera
 
 
 def _hidden_sizes(name: str) -> list[int] | None:
-    """Return the hidden sizes of `mlp:…`, None for `lenet`."""
-    if name == "lenet":
+    """Return the hidden sizes of `mlp:…`, None for a network of fixed sizes."""
+    if name in _FIXED:
         return None
     kind, colon, sizes = name.partition(":")
     if kind != "mlp":
-        known = ("lenet", "mlp:32,32")
+        known = (*_FIXED, "mlp:32,32")
         raise InputError(
             f"unknown network {name!r}{did_you_mean(kind, known)}: "
-            f"known are {' and '.join(known)}, with any hidden sizes"
+            f"known are {', '.join(known)}, with any hidden sizes"
         )
     hidden = [int(size) if size.isdecimal() else 0 for size in sizes.split(",")]
     if not colon or not all(1 <= size <= _WIDEST for size in hidden):

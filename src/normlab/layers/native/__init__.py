@@ -37,8 +37,8 @@ BUILT = LIBRARY.exists()
 
 _DTYPES = {dtype: number for number, dtype in enumerate(ARITHMETIC)}
 _int, _size, _real, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_SHAPE = [_int, _int, _size, _size, _size, _size]
-_OPTIONS = [_real, _int, _real, _int]
+_SHAPE: list[Any] = [_int, _int, _size, _size, _size, _size]
+_OPTIONS: list[Any] = [_real, _int, _real, _int]
 _FORWARD = [*_SHAPE, *[_pointer] * 6, _real, *_OPTIONS, *[_pointer] * 2, _int]
 _BACKWARD = [*_SHAPE, *[_pointer] * 6, *_OPTIONS, *[_pointer] * 4, _int]
 

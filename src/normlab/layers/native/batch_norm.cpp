@@ -9,7 +9,7 @@
 //
 // Sums: values are taken relative to a shift close to the mean, summed in blocks of at most kBlock
 // in the arithmetic type, and the blocks in double. If the shift turns out to be far from the mean,
-// measured in standard deviations, the sums are taken again around the mean. So no digits cancel.
+// more than a standard deviation, the sums are taken again around the mean. So no digits cancel.
 // How the work is cut into chunks depends on the shape alone, and chunks are added up in order: the
 // number of threads does not change a bit of the result.
 //
@@ -80,7 +80,7 @@ inline void narrow(float value, bfloat16& out) {  // To nearest, ties to even; N
 inline double exponential(double x) { return std::exp(x); }
 // The C library's expf cannot be vectorized; 2^n * polynomial can. Relative error below 2e-7.
 inline float exponential(float x) {
-  x = x > 88.0f ? 88.0f : x;  // Written so that NaN passes.
+  x = x > 89.0f ? 89.0f : x;  // Infinite from here on. Written so that NaN passes.
   x = x < -87.0f ? -87.0f : x;
   const float magic = 12582912.0f;  // Adding 1.5 * 2^23 rounds to a whole number.
   const float shifted = x * 1.44269504f + magic;
@@ -208,7 +208,7 @@ struct Forward {
     mean[c] = shift + offset;
     var[c] = std::max(spread, 0.0);
     if (std::isnan(spread)) var[c] = spread;  // max would have hidden it.
-    return !(offset * offset > 4 * spread);
+    return !(offset * offset > spread);
   }
 
   // Move the running statistics toward the batch's, or take their place; return the map.

@@ -1,0 +1,45 @@
+"""Runs the kernels under the address, undefined-behaviour and thread sanitizers of clang.
+
+    python scripts/sanitize.py
+
+Needs clang and its OpenMP, whose runtime tells the thread sanitizer of its barriers (Debian:
+clang, libomp-dev).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("sanitize.cpp")
+SANITIZERS = {
+    "address,undefined": {},
+    # The runtime of OpenMP is not instrumented; its tool, Archer, reports what it synchronizes.
+    "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1", "OMP_TOOL": "enabled"},
+}
+
+
+def main() -> None:
+    """Compile and run each; stop at the first that finds something."""
+    compilers = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
+    compiler = next((name for name in compilers if shutil.which(name)), None)
+    if compiler is None:
+        sys.exit("sanitize: clang++ was not found: install clang and libomp-dev")
+    flags = ["-std=c++17", "-g", "-O1", "-fopenmp", "-fno-sanitize-recover=all", "-Wno-pass-failed"]
+    for sanitizer, options in SANITIZERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            program = str(Path(folder, "sanitize"))
+            command = [compiler, *flags, f"-fsanitize={sanitizer}", str(SOURCE), "-o", program]
+            subprocess.run(command, check=True)
+            done = subprocess.run([program], env=os.environ | options, check=False)
+        print(f"{sanitizer}: {'failed' if done.returncode else 'nothing found'}")
+        if done.returncode:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
