@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check sanitize format bench clean
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +31,15 @@ check: .venv/ready  ## Format, lint, types, floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+sanitize: .venv/ready  ## The kernels under address and thread sanitizers; needs clang and libomp-dev
+	$(BIN)/python scripts/sanitize.py
+
 format: .venv/ready  ## Put the code into form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 bench: .venv/ready  ## What is timed, as ratios against named peers
+	$(BIN)/normlab bench layers
 	$(BIN)/python benchmarks/epoch.py
 
 clean:  ## Take .venv and caches away

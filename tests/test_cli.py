@@ -298,3 +298,17 @@ def test_a_second_run_in_the_same_folder_waits_for_nobody(tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bench"], "layers"),
+        (["bench", "frogs"], "invalid choice 'frogs'"),
+        (["bench", "layers", "--seconds", "0"], "--seconds 0.0: expected a number above 0"),
+        (["bench", "layers", "--seconds", "nan"], "--seconds nan: expected a number above 0"),
+        (["bench", "layers", "--seconds", "two"], "two"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_refused(capsys, arguments, expected):
+    assert expected in refused(capsys, *arguments)

@@ -20,6 +20,7 @@ from normlab.layers import (
     batch_norm,
 )
 from normlab.study import Study
+from normlab.surgery import convert
 
 __version__ = _version("normlab")
 
@@ -38,4 +39,5 @@ __all__ = [
     "SyncBatchNorm",
     "batch_norm",
     "compare",
+    "convert",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from itertools import dropwhile, islice, takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -130,6 +130,29 @@ class Studies:
             print(f"{name:{width}}  {study.description}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure what is fast and what is not, against named peers in the same run."""
+
+    what: Annotated[
+        tyro.conf.Positional[Literal["layers"]],
+        tyro.conf.arg(help="layers: batch norm, against torch's eager and compiled."),
+    ]
+    seconds: Annotated[
+        float, tyro.conf.arg(help="To spend on each row of the table.", metavar="S")
+    ] = 2.0
+    json: _Json = False
+
+    def run(self) -> None:
+        """Measure and print."""
+        from normlab.bench import bench_layers
+
+        if not self.seconds > 0:
+            raise InputError(f"--seconds {self.seconds}: expected a number above 0")
+        benchmark = bench_layers(seconds=self.seconds)
+        print(json.dumps(benchmark.to_json(), indent=2) if self.json else benchmark)
+
+
 def _print(comparison: normlab.Comparison, as_json: bool) -> None:
     if as_json:
         print(json.dumps(comparison.summary(), indent=2, allow_nan=False))
@@ -182,7 +205,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Studies,  # type: ignore[arg-type]
+                Compare | Report | Studies | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -196,7 +219,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         lines = (line.strip("│╭╮╰╯|+ ") for line in complaint.getvalue().splitlines())
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
-        command = f"{arguments[0]} " * (arguments[0] in ("compare", "report", "studies"))
+        command = f"{arguments[0]} " * (arguments[0] in ("compare", "report", "studies", "bench"))
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 
 

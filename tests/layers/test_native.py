@@ -180,6 +180,25 @@ def test_the_number_of_threads_does_not_change_a_bit(layout, shape, activation):
             assert torch.equal(first, other)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_kernels_work_in_torchs_own_threads():
+    script = """
+import os, torch
+from normlab import BatchNorm2d
+torch.set_num_threads(3)
+x = torch.randn(64, 32, 16, 16)
+torch.nn.BatchNorm2d(32)(x)  # torch starts its threads.
+before = len(os.listdir("/proc/self/task"))
+BatchNorm2d(32)(x)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before == after
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("size", [(14, 14), (3, 3)])
 def test_a_mean_far_above_the_deviation_costs_no_digits(size, layout):

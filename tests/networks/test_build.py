@@ -42,6 +42,32 @@ def test_every_arm_trains_a_step_in_every_network(name, arm):
         assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("arm", ["plain", "batch", "group:8", "batch+dropout:0.2"])
+def test_resnet18_trains_a_step(arm):
+    network = build("resnet18", arm, shape=(3, 16, 16))
+    loss = nn.functional.cross_entropy(network(torch.rand(4, 3, 16, 16)), torch.arange(4))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert len(names(network, nn.Dropout)) == ("dropout" in arm)
+
+
+def test_resnet18_is_that_of_the_paper_with_a_first_convolution_for_small_images():
+    network = build("resnet18", shape=(3, 32, 32))
+    assert sum(p.numel() for p in network.parameters()) == 11_173_962
+    assert len(names(network, nn.Conv2d)) == len(names(network, BatchNorm2d)) == 20
+    assert network.pool(network[:5](torch.rand(1, 3, 32, 32))).shape == (1, 512, 1, 1)
+    block = network.stage1[0].eval()
+    x = torch.randn(2, 64, 8, 8)
+    branch = block.norm1(block.conv1(block.norm0(block.conv0(x)).relu()))
+    assert torch.equal(block(x), (branch + block.shortcut(x)).relu())
+
+
+@pytest.mark.parametrize("position", ["post", "input"])
+def test_resnet18_has_its_norms_in_one_place(position):
+    with pytest.raises(InputError, match=f"before the activation: leave @{position} out"):
+        build("resnet18", f"batch@{position}", shape=(3, 32, 32))
+
+
 def test_lenet_takes_instance_norm_where_there_is_something_to_normalize_over():
     network = build("lenet", "instance")
     assert names(network, nn.InstanceNorm2d) == ["conv0.norm", "conv1.norm"]

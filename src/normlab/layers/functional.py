@@ -220,10 +220,9 @@ def move_running(
     batch = batch.detach().to(running.dtype)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(running.dtype)
-    if where is None:
-        running.lerp_(batch, momentum)
-    else:
-        running.copy_(torch.where(where, running.lerp(batch, momentum), running))
+    moved = running.lerp(batch, momentum)
+    # A copy, since `vmap` has no rule for `lerp_`.
+    running.copy_(moved if where is None else torch.where(where, moved, running))
 
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:

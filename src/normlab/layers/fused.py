@@ -73,6 +73,8 @@ def batch_norm(
     tensor([[0.0000],
             [1.0000]])
     """
+    if input.ndim < 2 and not input.numel():
+        return input.clone()  # As torch: there is nothing to normalize.
     _check(input, running_mean, running_var, weight, bias, activation, residual, mask)
     if not training:
         if running_mean is None or running_var is None:
@@ -84,7 +86,7 @@ def batch_norm(
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     elif mask is None:
         _check_training(input, eps)
-    way = _way(input)
+    way = _way(input, weight, bias, residual, running_mean)
     if training and (
         mask is not None
         or isinstance(momentum, Tensor)
@@ -94,7 +96,7 @@ def batch_norm(
             input, weight, bias, eps, activation, negative_slope, residual, mask
         )
         if input.numel():
-            usable = None if isinstance(batch.n, int) else batch.n > 1
+            usable = batch.n > 1 if isinstance(batch.n, Tensor) else None
             move_running(running_mean, batch.mean, momentum, usable)
             move_running(running_var, batch.unbiased_var, momentum, usable)
         return output
@@ -141,7 +143,7 @@ def normalize_by_batch(
         return _follow(z, residual, activation, negative_slope), batch
     _check_training(input, eps)
     count = input.numel() // max(input.shape[1], 1)
-    way = _way(input)
+    way = _way(input, weight, bias, residual)
     if way is _Way.TORCH:
         # Running statistics that take the batch's whole: torch hands the variance out nowhere else.
         mean, var = torch.zeros(
@@ -183,22 +185,24 @@ _CALLS = {
 }
 
 
-def _way(input: Tensor) -> _Way:
+def _way(input: Tensor, *others: Tensor | None) -> _Way:
     size = input.numel()
     if size == 0 or input.device.type != "cpu" or input.dtype not in native.ARITHMETIC:
         return _Way.TORCH
-    plain = operators.is_plain(input)
+    if input.layout is not torch.strided:
+        return _Way.TORCH
+    watched = operators.is_watched()
     if not native.BUILT:
-        if plain:
+        if not watched:
             native.warn_once()
         return _Way.TORCH
-    if not plain:
+    if watched:
         return _Way.TORCH if torch.compiler.is_exporting() else _Way.OPERATOR
-    if torch._C._get_tracing_state() is not None:
-        return _Way.TORCH
     # torch's kernel for bfloat16 rounds scale and shift to it; so there is no size too small.
     small = size < SMALL and input.dtype != torch.bfloat16
-    return _Way.TORCH if small else _Way.DIRECT
+    if small or torch._C._get_tracing_state() is not None:
+        return _Way.TORCH
+    return _Way.DIRECT if operators.is_plain(input, *others) else _Way.OPERATOR
 
 
 def _moves(input: Tensor, running: Tensor | None) -> bool:

@@ -1,7 +1,5 @@
 """`BatchNorm1d`, `2d`, `3d` and their lazy and synchronized kin: the state, and nothing else."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -267,7 +265,8 @@ def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
 
 def _move(batch: Moments, state: _State, num_batches_skipped: Tensor | None) -> None:
     """Move the running statistics by a batch, if it can be used."""
-    usable = torch.as_tensor(batch.n > 1, device=batch.mean.device)
+    enough = batch.n > 1  # A tensor, if the batch has a mask or is shared.
+    usable = torch.as_tensor(enough, device=batch.mean.device)
     if num_batches_skipped is not None:
         finite = batch.mean.isfinite().all() & batch.var.isfinite().all()
         num_batches_skipped.add_(~finite)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from normlab.layers import native
 from normlab.layers.functional import activate, moments, normalize
 
-__all__ = ["batch_norm", "batch_norm_directly", "is_plain"]
+__all__ = ["batch_norm", "batch_norm_directly", "is_plain", "is_watched"]
 
 _library = torch.library.Library("normlab", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -37,20 +37,26 @@ _library.impl("batch_norm", native.forward, "CPU")
 _library.impl("batch_norm_backward", native.backward, "CPU")
 
 
-def is_plain(input: Tensor) -> bool:
-    """Tell whether nothing but ordinary autograd looks at what is computed with a tensor."""
+def is_watched() -> bool:
+    """Tell whether something else than ordinary autograd looks at what is computed now."""
     return (
-        not torch.compiler.is_compiling()
-        and type(input) in _PLAIN_TYPES
-        and not input.is_neg()
-        and not input._is_zerotensor()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() != 0
+        or forward_ad._current_level >= 0
     )
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Tell whether the values of tensors are what lies in their memory."""
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+        ):
+            return False
+    return True
 
 
 def batch_norm(
@@ -118,7 +124,9 @@ class _BatchNorm(torch.autograd.Function):
             gradients = _reference_backward(ctx, grad)
         else:
             backward = ctx.backward
-            if not is_plain(grad):  # Hooks and modes may hand back what has no memory to read.
+            if is_watched() or not is_plain(
+                grad
+            ):  # Hooks and modes may hand back what has no memory to read.
                 backward = torch.ops.normlab.batch_norm_backward
             gradients = backward(grad, *ctx.saved_tensors, *ctx.options, [*needs[4:6]])
         wanted = (gradients[i] if needs[2 + i] else None for i in range(4))

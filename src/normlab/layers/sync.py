@@ -46,8 +46,10 @@ def normalize_by_group(
     Arguments as there, and the process group as `group` returned it.
 
     Raises:
-        ValueError: The group has a single value per channel.
+        ValueError: The group has a single value per channel, or ε is not positive.
     """
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     wide_mask = None if mask is None else mask.unsqueeze(1)
     if wide_mask is not None:  # Padding may hold anything; NaN would reach the gradients.
         input = torch.where(wide_mask, input, input.nan_to_num(0, 0, 0))

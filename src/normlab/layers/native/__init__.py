@@ -121,7 +121,7 @@ def forward(
         for tensor in (weight, bias, running_mean, running_var)
     )
     output = torch.empty_like(input)
-    statistics = torch.empty(2, replicas * input.shape[1], dtype=torch.float64)
+    statistics = torch.empty(2, replicas * input.shape[1], dtype=torch.float64, device="cpu")
     _kernels()[0](
         *_shape(input, replicas),
         input.data_ptr(),
@@ -185,12 +185,13 @@ def backward(
     )
     grad_input = torch.empty_like(input)
     if output is None:
-        grad_residual = torch.empty(0, dtype=input.dtype)
+        grad_residual = input.new_empty(0)
     else:
         output = output.contiguous(memory_format=layout)
         grad_residual = torch.empty_like(input)
     grad_weight, grad_bias = (
-        torch.empty(statistics.shape[1] if want else 0, dtype=arithmetic) for want in wanted
+        torch.empty(statistics.shape[1] if want else 0, dtype=arithmetic, device="cpu")
+        for want in wanted
     )
     _kernels()[1](
         *_shape(input, replicas),

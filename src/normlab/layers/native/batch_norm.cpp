@@ -553,7 +553,8 @@ void walk_rows(const Shape& s, const Rows& rows, bool summing, Add add, Finish f
       finish(r, c, sums);
     }
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t task = tasks - 1 - i;  // From what was read last, which the cache still holds.
       const int64_t r = task / rows.chunks, k = task % rows.chunks, end = rows.begin(k + 1);
       for (int64_t row = rows.begin(k); row < end; row += rows.group)
         apply(r, row, rows.wide(row, end));
