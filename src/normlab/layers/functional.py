@@ -69,7 +69,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
         var, mean = torch.var_mean(input, dim=_reduced(input), correction=0)
         return Moments(mean, var, input.numel() // max(input.shape[1], 1))
     mask = mask.expand(input.shape[0], 1, *input.shape[2:])
-    count = mask.sum()
+    count = mask.sum(dtype=torch.float64)
     real = torch.where(mask, input, 0)  # Padding may hold anything, NaN too.
     mean = real.sum(_reduced(input)) / count.clamp(min=1)
     deviation = torch.where(mask, input - _along_channels(mean, input), 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from normlab.layers import native, operators
 from normlab.layers.functional import Moments, activate, moments, move_running, normalize
 
-__all__ = ["SMALL", "batch_norm", "normalize_by_batch"]
+__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch", "without_padding"]
 
 SMALL = 1 << 15
 """Values below which the call costs more than the work, so that torch's operator is as fast."""
@@ -53,8 +53,9 @@ def batch_norm(
             part of the same pass over memory, and nothing is stored between.
         negative_slope: Of "leaky_relu".
         residual: Added before the activation; the shape of `input`.
-        mask: True where a value is real, shape (N, …) without C, or one that broadcasts to it.
-            The statistics are taken over what is real; every value is normalized by them.
+        mask: True where a value is real, shape (N, …) without C. The statistics are taken over what
+            is real; every value is normalized by them. A batch with fewer than two real values
+            leaves the running statistics alone.
 
     Returns:
         Shape and dtype of `input`.
@@ -75,7 +76,7 @@ def batch_norm(
     """
     if input.ndim < 2 and not input.numel():
         return input.clone()  # As torch: there is nothing to normalize.
-    _check(input, running_mean, running_var, weight, bias, activation, residual, mask)
+    check(input, running_mean, running_var, weight, bias, activation, residual, mask)
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError(
@@ -84,8 +85,8 @@ def batch_norm(
             )
         if eps < 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    elif mask is None:
-        _check_training(input, eps)
+    else:
+        _check_training(input, eps, mask)
     way = _way(input, weight, bias, residual, running_mean)
     if training and (
         mask is not None
@@ -137,11 +138,13 @@ def normalize_by_batch(
 
     Arguments as for `batch_norm`.
     """
+    _check_training(input, eps, mask)
     if mask is not None:
-        batch = moments(input, mask.unsqueeze(1))
+        mask = mask.unsqueeze(1)
+        input = without_padding(input, mask)
+        batch = moments(input, mask)
         z = normalize(input, batch.mean, batch.var, weight, bias, eps)
         return _follow(z, residual, activation, negative_slope), batch
-    _check_training(input, eps)
     count = input.numel() // max(input.shape[1], 1)
     way = _way(input, weight, bias, residual)
     if way is _Way.TORCH:
@@ -233,6 +236,10 @@ def _torch_batch_norm(
         # torch's kernels want one dtype for all that is per channel.
         weight = weight.to(running_mean.dtype)
         bias = None if bias is None else bias.to(running_mean.dtype)
+    if training and running_mean is not None and not operators.is_watched():
+        # In training the backward pass does not read them; so let them change before it.
+        running_mean = running_mean.data
+        running_var = None if running_var is None else running_var.data
     return torch.batch_norm(
         input,
         weight,
@@ -256,10 +263,15 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, torch.float32)
 
 
-def _check_training(input: Tensor, eps: float) -> None:
+def without_padding(input: Tensor, mask: Tensor) -> Tensor:
+    """Return the input with zeros where padding is not finite: NaN would reach the gradients."""
+    return torch.where(mask, input, input.nan_to_num(0, 0, 0))
+
+
+def _check_training(input: Tensor, eps: float, mask: Tensor | None) -> None:
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if input.numel() == input.shape[1]:
+    if mask is None and input.numel() == input.shape[1]:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{tuple(input.shape)}: use a larger batch, drop_last=True, or eval()"
@@ -269,7 +281,7 @@ def _check_training(input: Tensor, eps: float) -> None:
 _PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
 
-def _check(
+def check(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -279,6 +291,7 @@ def _check(
     residual: Tensor | None,
     mask: Tensor | None,
 ) -> None:
+    """Refuse tensors that do not belong together, as `batch_norm` says."""
     shape = input.shape
     if len(shape) < 2:
         raise ValueError(f"batch_norm expected an input of shape (N, C, …), got {tuple(shape)}")
@@ -309,7 +322,7 @@ def _check(
             f"residual of shape {tuple(residual.shape)} cannot be added to an input of shape "
             f"{tuple(shape)}: they must be equal"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.ndim != len(shape) - 1):
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (shape[0], *shape[2:])):
         raise RuntimeError(
             f"mask should be of dtype bool and shape {(shape[0], *shape[2:])}, that of the input "
             f"{tuple(shape)} without channels, not {mask.dtype} and {tuple(mask.shape)}"

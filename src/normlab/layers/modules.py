@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from normlab.layers import sync
 from normlab.layers.functional import Moments, move_running
-from normlab.layers.fused import batch_norm, normalize_by_batch
+from normlab.layers.fused import batch_norm, check, normalize_by_batch
 from normlab.layers.native import ACTIVATIONS
 
 __all__ = [
@@ -77,6 +78,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self.finite_guard = finite_guard
         self.update_once = update_once
         self.float32_statistics = float32_statistics
+        if float32_statistics and not isinstance(self.running_mean, UninitializedBuffer):
+            self._keep_float32(self.running_mean, self.running_var)
         # Not in the state dict, whose keys stay torch's.
         counter = torch.tensor(0) if finite_guard else None
         self.register_buffer("num_batches_skipped", counter, persistent=False)
@@ -129,7 +132,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.finite_guard,
                 self.num_batches_skipped,
                 self.update_once,
-                sync.group(self.process_group) if self._synchronized else None,
+                sync.group(self.process_group) if self._synchronized and self.training else None,
             )
             return special_forward(
                 self._ranks, input, residual, mask, lengths, _State(*state), options
@@ -142,17 +145,24 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise type(error)(f"{error}; in {name}{self.name and f' {self.name!r}'}") from error
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        kept = (self.running_mean, self.running_var) if self.float32_statistics else ()
+        before = (self.running_mean, self.running_var)
         super()._apply(fn, recurse)
-        for name, before in zip(("running_mean", "running_var"), kept, strict=False):
-            now = getattr(self, name)
-            if before is not None and now.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, before.to(now.device))
+        if self.float32_statistics:
+            self._keep_float32(*before)
         return self
+
+    def _keep_float32(self, *values: Tensor | None) -> None:
+        """Hold running statistics of half precision in float32, with the values they had."""
+        for name, value in zip(("running_mean", "running_var"), values, strict=True):
+            now = getattr(self, name)
+            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+                assert value is not None
+                setattr(self, name, value.to(now.device, torch.float32))
 
     def extra_repr(self) -> str:
         options = {
             "activation": (self.activation, None),
+            "negative_slope": (self.negative_slope, 0.01),
             "ghost_size": (self.ghost_size, None),
             "finite_guard": (self.finite_guard, False),
             "update_once": (self.update_once, False),
@@ -221,12 +231,27 @@ def special_forward(
     """Run the forward pass of a layer with options, a mask or a process group."""
     _check_rank(input, ranks)
     if lengths is not None:
-        positions = torch.arange(input.shape[-1], device=input.device)
-        mask = (positions < lengths.view(-1, *[1] * (input.ndim - 2))).expand(
-            input.shape[0], *input.shape[2:]
+        if mask is not None:
+            raise RuntimeError("a mask and lengths say the same: pass one of them")
+        mask = _mask_of(lengths, input)
+    if input.ndim >= 2 or input.numel():
+        check(
+            input,
+            state.running_mean,
+            state.running_var,
+            state.weight,
+            state.bias,
+            state.activation,
+            residual,
+            mask,
         )
     if options.update_once and _repeats():
-        state = state._replace(track=False)
+        # On copies, so that as much is saved for the backward pass as was the first time.
+        running = ("running_mean", "running_var", "num_batches_tracked")
+        copies = {name: getattr(state, name) for name in running}
+        copies = {name: each if each is None else each.clone() for name, each in copies.items()}
+        state = state._replace(**copies)
+        options = options._replace(num_batches_skipped=None)
     ghosts = 1
     if options.ghost_size is not None and state.training:
         ghosts = max(1, -(-input.shape[0] // options.ghost_size))
@@ -236,6 +261,17 @@ def special_forward(
     ]
     outputs = [_ghost_forward(x, r, m, state, options) for x, r, m in zip(*parts, strict=True)]
     return outputs[0] if ghosts == 1 else torch.cat(outputs)
+
+
+def _mask_of(lengths: Tensor, input: Tensor) -> Tensor:
+    if input.ndim < 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+        raise RuntimeError(
+            f"lengths should be integers of shape (N,), for an input of shape (N, C, …, L), not "
+            f"{lengths.dtype} of shape {tuple(lengths.shape)} for an input of {tuple(input.shape)}"
+        )
+    positions = torch.arange(input.shape[-1], device=input.device)
+    mask = positions < lengths.view(-1, *[1] * (input.ndim - 2))
+    return mask.expand(input.shape[0], *input.shape[2:])
 
 
 def _ghost_forward(
@@ -260,7 +296,10 @@ def _ghost_forward(
 def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
     if ranks and input.ndim not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
-        raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+        raise ValueError(
+            f"expected {expected} input (got {input.ndim}D input), and its shape is "
+            f"{tuple(input.shape)}"
+        )
 
 
 def _move(batch: Moments, state: _State, num_batches_skipped: Tensor | None) -> None:
@@ -333,6 +372,13 @@ class _Lazy(_BatchNorm):
         lazy: Any = super().__init__
         lazy(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._set_options(**options)
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Learn the number of channels from a batch; what comes along with it tells no more."""
+        initialize: Any = super().initialize_parameters  # type: ignore[misc]
+        initialize(input)
+        if self.float32_statistics:
+            self._keep_float32(self.running_mean, self.running_var)
 
 
 class BatchNorm1d(_Eager, nn.BatchNorm1d):
@@ -430,11 +476,12 @@ class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
     _ranks = (5,)
 
 
-class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """Batch normalization by the batch of all ranks of a process group, on any backend.
 
-    A drop-in for `torch.nn.SyncBatchNorm`, which refuses tensors on a CPU. In evaluation, and where
-    no process group is initialized, it is plain batch normalization.
+    Takes the arguments and the state dict of `torch.nn.SyncBatchNorm`, which refuses tensors on a
+    CPU. It is no instance of that class, for `DistributedDataParallel` refuses those there too. In
+    evaluation, and where no process group is initialized, it is plain batch normalization.
 
     Args:
         num_features: C.
@@ -469,16 +516,9 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         **options: Any,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            process_group,
-            device,
-            dtype,
-            bias=bias,
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
+        self.process_group = process_group
         self._set_options(**options)
 
     @classmethod
@@ -504,6 +544,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 setattr(converted, name, tensor)
             converted.training = module.training
+            converted.name = getattr(module, "name", "")
         for name, child in module.named_children():
             setattr(converted, name, cls.convert_sync_batchnorm(child, process_group))
         return converted
