@@ -307,6 +307,11 @@ def test_in_evaluation_there_are_no_ghosts():
     assert_close(*outputs, **SAME)
 
 
+def test_ghosts_and_ranks_are_not_combined():
+    with pytest.raises(ValueError, match="ghost_size parts a batch.*choose one"):
+        SyncBatchNorm(3, ghost_size=2)
+
+
 @pytest.mark.parametrize("ghost_size", [0, -1])
 def test_a_ghost_size_below_one_is_refused(ghost_size):
     with pytest.raises(ValueError, match=f"ghost_size must be positive, but got {ghost_size}"):
@@ -594,7 +599,7 @@ def test_a_layer_without_options_does_nothing_more_than_a_plain_one(constructor,
     ],
     ids=str,
 )
-@pytest.mark.parametrize("constructor", [BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm])
+@pytest.mark.parametrize("constructor", [BatchNorm1d, BatchNorm2d, BatchNorm3d])
 def test_the_options_that_are_on_are_shown_and_no_other(constructor, option, shown):
     plain = repr(constructor(3)).removesuffix(")")
     text = repr(constructor(3, **option))

@@ -1,16 +1,19 @@
 """`normlab bench layers`: batch norm alone and with what follows it, against torch's.
 
 Every row is a shape, a memory layout and a job. The peers take turns in one process. The memory
-floor is the time in which this machine copies a tensor of that size, times the passes over memory
-that no implementation can avoid, over the two that a copy makes.
+floor is the time of the passes over memory that no implementation can avoid, at the speed at which
+this machine copies between as many tensors of that size as the job has: in training x to y and the
+gradient of y to that of x, in inference x to y.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -136,7 +139,7 @@ def _row(shape: tuple[int, ...], layout: str, job: str, seconds: float, compiled
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
     if layout == "channels_last":
         x, grad = (each.to(memory_format=torch.channels_last) for each in (x, grad))
-    copied = torch.empty_like(x)
+    pairs = [(x, torch.empty_like(x))] + [(grad, torch.empty_like(x))] * training
     layers: dict[str, nn.Module] = {}
     stock, ours = (nn.BatchNorm1d, BatchNorm1d) if x.ndim == 2 else (nn.BatchNorm2d, BatchNorm2d)
     follow = [nn.ReLU()] if activation else []
@@ -146,12 +149,13 @@ def _row(shape: tuple[int, ...], layout: str, job: str, seconds: float, compiled
         torch.compiler.reset()
         layers["torch compiled"] = _compiled(nn.Sequential(stock(shape[1]), *follow))
         layers["normlab compiled"] = _compiled(ours(shape[1], activation=activation))
-    peers = {
+    peers: dict[str, Callable[[], object]] = {
         name: _training_step(layer, x, grad) if training else _inference(layer, x)
         for name, layer in layers.items()
     }
-    timings = take_turns(peers | {"copy": lambda: copied.copy_(x)}, seconds=seconds)
-    return Row(shape, layout, job, timings, timings["copy"].median / 2 * passes)
+    peers["copy"] = lambda: [to.copy_(source) for source, to in pairs]
+    timings = take_turns(peers, seconds=seconds)
+    return Row(shape, layout, job, timings, timings["copy"].median / (2 * len(pairs)) * passes)
 
 
 def _training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -199,9 +203,15 @@ def _network(
 
 
 def _peak_memory(peer: str) -> float:
-    """Return the peak of a training step in a process of its own, in activations."""
+    """Return the peak of a training step in a process of its own, in activations.
+
+    Not a number where there is no `/proc`. What `getrusage` tells is no use: it starts at the peak
+    of the process that this one was started from.
+    """
+    if not Path("/proc/self/status").exists():
+        return math.nan
     script = f"""
-import resource, torch
+import torch
 from normlab import BatchNorm2d
 x = torch.randn(16, 64, 128, {_MEGABYTES * 2**20 // (16 * 64 * 128 * 4)}).requires_grad_()
 grad = torch.ones_like(x)
@@ -211,9 +221,12 @@ layers = {{
 }}
 layers[{peer!r}](x[:1]).backward(grad[:1])
 x.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+before = peak()
 layers[{peer!r}](x).backward(grad)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

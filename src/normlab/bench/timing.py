@@ -7,11 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-
-import normlab
 
 __all__ = ["Timing", "machine", "take_turns", "versions"]
 
@@ -70,7 +69,7 @@ def _summarize(values: list[float]) -> Timing:
 def versions() -> dict[str, str]:
     """Return what was measured."""
     return {
-        "normlab": normlab.__version__,
+        "normlab": version("normlab"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

@@ -32,6 +32,7 @@ __all__ = [
     "moments",
     "move_running",
     "normalize",
+    "without_padding",
 ]
 
 
@@ -74,6 +75,11 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
     mean = real.sum(_reduced(input)) / count.clamp(min=1)
     deviation = torch.where(mask, input - _along_channels(mean, input), 0)
     return Moments(mean, deviation.square().sum(_reduced(input)) / count.clamp(min=1), count)
+
+
+def without_padding(input: Tensor, mask: Tensor) -> Tensor:
+    """Return the input with zeros where padding is not finite: NaN would reach the gradients."""
+    return torch.where(mask, input, input.nan_to_num(0, 0, 0))
 
 
 def normalize(

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from normlab.layers import native, operators
-from normlab.layers.functional import Moments, activate, moments, move_running, normalize
+from normlab.layers.functional import (
+    Moments,
+    activate,
+    moments,
+    move_running,
+    normalize,
+    without_padding,
+)
 
-__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch", "without_padding"]
+__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch"]
 
 SMALL = 1 << 15
 """Values below which the call costs more than the work, so that torch's operator is as fast."""
@@ -261,11 +268,6 @@ def _follow(
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, torch.float32)
-
-
-def without_padding(input: Tensor, mask: Tensor) -> Tensor:
-    """Return the input with zeros where padding is not finite: NaN would reach the gradients."""
-    return torch.where(mask, input, input.nan_to_num(0, 0, 0))
 
 
 def _check_training(input: Tensor, eps: float, mask: Tensor | None) -> None:

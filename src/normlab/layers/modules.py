@@ -289,7 +289,7 @@ def _ghost_forward(
         else normalize_by_batch(*arguments)
     )
     if state.training and state.track:
-        _move(batch, state, options.num_batches_skipped)
+        _move(batch, state, options)
     return output
 
 
@@ -302,13 +302,14 @@ def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
         )
 
 
-def _move(batch: Moments, state: _State, num_batches_skipped: Tensor | None) -> None:
+def _move(batch: Moments, state: _State, options: _Options) -> None:
     """Move the running statistics by a batch, if it can be used."""
     enough = batch.n > 1  # A tensor, if the batch has a mask or is shared.
     usable = torch.as_tensor(enough, device=batch.mean.device)
-    if num_batches_skipped is not None:
+    if options.finite_guard:
         finite = batch.mean.isfinite().all() & batch.var.isfinite().all()
-        num_batches_skipped.add_(~finite)
+        if options.num_batches_skipped is not None:
+            options.num_batches_skipped.add_(~finite)
         usable = usable & finite
     momentum: float | Tensor = 0.0 if state.momentum is None else state.momentum
     if state.num_batches_tracked is not None:
@@ -518,6 +519,10 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
+        if options.get("ghost_size") is not None:
+            raise ValueError(
+                "ghost_size parts a batch, and SyncBatchNorm joins those of all ranks: choose one"
+            )
         self.process_group = process_group
         self._set_options(**options)
 

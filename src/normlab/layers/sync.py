@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normlab.layers.functional import Moments, activate, moments
+from normlab.layers.functional import Moments, activate, moments, without_padding
 
 __all__ = ["group", "normalize_by_group"]
 
@@ -51,8 +51,8 @@ def normalize_by_group(
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     wide_mask = None if mask is None else mask.unsqueeze(1)
-    if wide_mask is not None:  # Padding may hold anything; NaN would reach the gradients.
-        input = torch.where(wide_mask, input, input.nan_to_num(0, 0, 0))
+    if wide_mask is not None:
+        input = without_padding(input, wide_mask)
     batch = _combine(input.detach(), wide_mask, process_group)
     if mask is None and batch.n == 1:
         raise ValueError(
