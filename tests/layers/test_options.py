@@ -308,7 +308,7 @@ def test_in_evaluation_there_are_no_ghosts():
 
 
 def test_ghosts_and_ranks_are_not_combined():
-    with pytest.raises(ValueError, match="ghost_size parts a batch.*choose one"):
+    with pytest.raises(ValueError, match=r"ghost_size parts a batch.*choose one"):
         SyncBatchNorm(3, ghost_size=2)
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -140,15 +141,15 @@ def _row(shape: tuple[int, ...], layout: str, job: str, seconds: float, compiled
     if layout == "channels_last":
         x, grad = (each.to(memory_format=torch.channels_last) for each in (x, grad))
     pairs = [(x, torch.empty_like(x))] + [(grad, torch.empty_like(x))] * training
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, Any] = {}
     stock, ours = (nn.BatchNorm1d, BatchNorm1d) if x.ndim == 2 else (nn.BatchNorm2d, BatchNorm2d)
     follow = [nn.ReLU()] if activation else []
     layers["torch"] = nn.Sequential(stock(shape[1]), *follow)
     layers["normlab"] = ours(shape[1], activation=activation)
     if compiled and activation and training:
         torch.compiler.reset()
-        layers["torch compiled"] = _compiled(nn.Sequential(stock(shape[1]), *follow))
-        layers["normlab compiled"] = _compiled(ours(shape[1], activation=activation))
+        layers["torch compiled"] = torch.compile(nn.Sequential(stock(shape[1]), *follow))
+        layers["normlab compiled"] = torch.compile(ours(shape[1], activation=activation))
     peers: dict[str, Callable[[], object]] = {
         name: _training_step(layer, x, grad) if training else _inference(layer, x)
         for name, layer in layers.items()
@@ -250,8 +251,3 @@ def _columns(row: Row) -> dict[str, object]:
         )
     columns["share of the memory floor's speed"] = row.floor / ours
     return columns
-
-
-def _compiled(layer: nn.Module) -> nn.Module:
-    layer.compile()
-    return layer

@@ -35,7 +35,7 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t kBlock = 1024;       // Values summed in the arithmetic type.
-constexpr int64_t kRun = 1 << 10;     // Values that lie together when a task reads them.
+constexpr int64_t kRun = 1 << 12;     // Values that lie together when a task reads them.
 constexpr int64_t kRows = 64;          // The same, of rows.
 constexpr int64_t kChunk = 1 << 14;    // Values that are worth a task of their own.
 constexpr int64_t kMaxChunks = 64;     // Tasks a channel, or a replica, is cut into at most.
