@@ -158,26 +158,46 @@ def run(layer, x, grad, residual=None):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
+# float64 shows in which order the sums were taken; float32 mostly rounds it away.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "shape", [(40, 2, 30, 30), (24, 70, 15, 15), (300, 16, 5, 5), (5000, 40), (3, 1, 300, 300)]
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_the_number_of_threads_does_not_change_a_bit(layout, shape, activation):
+def test_the_number_of_threads_does_not_change_a_bit(layout, shape, dtype, activation):
     generator = torch.Generator().manual_seed(1)
-    x, grad = (LAYOUTS[layout](torch.randn(shape, generator=generator) + 2) for _ in range(2))
+    x, grad = (
+        LAYOUTS[layout](torch.randn(shape, generator=generator, dtype=dtype) + 2) for _ in range(2)
+    )
     constructor = BatchNorm1d if len(shape) == 2 else BatchNorm2d
     before = torch.get_num_threads()
     outcomes = []
     try:
         for threads in (1, 2, 3, 4, 16):
             torch.set_num_threads(threads)
-            layer = constructor(shape[1], activation=activation)
+            layer = constructor(shape[1], activation=activation, dtype=dtype)
             outcomes.append([*run(layer, x, grad), *layer.buffers()])
     finally:
         torch.set_num_threads(before)
     for outcome in outcomes[1:]:
         for first, other in zip(outcomes[0], outcome, strict=True):
             assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_bfloat16_is_rounded_once_to_the_nearest(layout, activation):
+    generator = torch.Generator().manual_seed(5)
+    x, grad = (torch.randn(16, 6, 12, 12, generator=generator).bfloat16() for _ in range(2))
+    x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
+    outcomes = []
+    for cast in (torch.Tensor.bfloat16, torch.Tensor.float):
+        leaf = cast(x).detach().clone().requires_grad_()
+        y = batch_norm(leaf, None, None, training=True, activation=activation)
+        y.backward(cast(grad))
+        outcomes.append((y.detach(), leaf.grad))
+    for half, full in zip(*outcomes, strict=True):
+        assert torch.equal(half, full.bfloat16())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
