@@ -267,7 +267,12 @@ def test_a_disk_that_is_full_at_the_report_keeps_the_old_one(run, tmp_path, caps
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, workers):
     arguments = ["compare", *TINY[:-2], "--workers", workers, "--seeds", "40"]
-    process = start(*arguments, "--out", str(tmp_path / "run"), start_new_session=True)
+    # A suite that was started in the background would hand down that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = start(*arguments, "--out", str(tmp_path / "run"), start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     for line in process.stderr:
         if line.startswith("[3/80]"):
             break

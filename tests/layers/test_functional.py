@@ -226,6 +226,13 @@ def test_momentum_may_be_a_tensor():
     assert_close(as_tensor, outcome(batch_norm, x, *arguments, 0.3, 1e-5), **EXACT)
 
 
+def test_in_evaluation_a_tensor_of_momentum_moves_nothing():
+    x, running = randn(6, 3), (torch.zeros(3).double(), torch.ones(3).double())
+    y = batch_norm(x, *running, momentum=torch.tensor(0.3))
+    assert_close(y, F.batch_norm(x, *running), **EXACT)
+    assert_close(running, (torch.zeros(3).double(), torch.ones(3).double()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scale_of_the_deviation_and_shift_of_the_mean_give_back_the_input(shape):
     x = 5 + 3 * randn(*shape)

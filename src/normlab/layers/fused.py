@@ -92,13 +92,17 @@ def batch_norm(
             )
         if eps < 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        momentum = 0.0  # Nothing moves.
     else:
         _check_training(input, eps, mask)
-    way = _way(input, weight, bias, residual, running_mean)
+    way = _way(input, weight, bias, residual, running_mean, running_var)
     if training and (
         mask is not None
         or isinstance(momentum, Tensor)
-        or (way is not _Way.TORCH and not (way is _Way.DIRECT and _moves(input, running_mean)))
+        or (
+            way is not _Way.TORCH
+            and not (way is _Way.DIRECT and _moves(input, running_mean, running_var))
+        )
     ):
         output, batch = normalize_by_batch(
             input, weight, bias, eps, activation, negative_slope, residual, mask
@@ -215,11 +219,10 @@ def _way(input: Tensor, *others: Tensor | None) -> _Way:
     return _Way.DIRECT if operators.is_plain(input, *others) else _Way.OPERATOR
 
 
-def _moves(input: Tensor, running: Tensor | None) -> bool:
+def _moves(input: Tensor, *running: Tensor | None) -> bool:
     """Tell whether the kernel itself can move running statistics."""
-    return running is None or (
-        running.dtype == native.ARITHMETIC[input.dtype] and running.is_contiguous()
-    )
+    wanted = native.ARITHMETIC[input.dtype]
+    return all(each is None or (each.dtype == wanted and each.is_contiguous()) for each in running)
 
 
 def _fuses(input: Tensor, residual: Tensor | None, activation: str | None) -> bool:
