@@ -117,22 +117,21 @@ def batch_norm(
         running = (running_mean, running_var)
         z = _torch_batch_norm(input, *running, weight, bias, training, momentum, eps)
         return _follow(z, residual, activation, negative_slope)
-    fused = _fuses(input, residual, activation)
-    z, _ = _CALLS[way](
+    output, _ = _by_kernel(
+        way,
         input,
-        residual if fused else None,
         weight,
         bias,
         running_mean,
         running_var,
         eps,
-        activation if fused else None,
+        activation,
         negative_slope,
+        residual,
         training,
-        1,
         momentum,
     )
-    return z if fused else _follow(z, residual, activation, negative_slope)
+    return output
 
 
 def normalize_by_batch(
@@ -166,22 +165,8 @@ def normalize_by_batch(
         z = _torch_batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
         batch = Moments(mean, var * ((count - 1) / max(count, 1)), count)
         return _follow(z, residual, activation, negative_slope), batch
-    fused = _fuses(input, residual, activation)
-    z, (mean, var) = _CALLS[way](
-        input,
-        residual if fused else None,
-        weight,
-        bias,
-        None,
-        None,
-        eps,
-        activation if fused else None,
-        negative_slope,
-        True,
-        1,
-        0.0,
-    )
-    output = z if fused else _follow(z, residual, activation, negative_slope)
+    follow = (activation, negative_slope, residual)
+    output, (mean, var) = _by_kernel(way, input, weight, bias, None, None, eps, *follow, True, 0.0)
     return output, Moments(mean, var, count)
 
 
@@ -228,6 +213,39 @@ def _moves(input: Tensor, *running: Tensor | None) -> bool:
 def _fuses(input: Tensor, residual: Tensor | None, activation: str | None) -> bool:
     """Tell whether the kernel does what follows the normalization."""
     return residual is None or (activation in (None, "relu") and residual.dtype == input.dtype)
+
+
+def _by_kernel(
+    way: _Way,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the statistics that were used, by whatever part the kernel can do."""
+    fused = _fuses(input, residual, activation)
+    z, statistics = _CALLS[way](
+        input,
+        residual if fused else None,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        eps,
+        activation if fused else None,
+        negative_slope,
+        training,
+        1,
+        momentum,
+    )
+    return z if fused else _follow(z, residual, activation, negative_slope), statistics
 
 
 def _torch_batch_norm(
