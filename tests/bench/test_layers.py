@@ -27,10 +27,12 @@ def test_a_slower_peer_is_measured_as_slower():
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "SHAPES", [(8, 3, 16, 16), (32, 32)])
-        patch.setattr(layers, "NETWORKS", {"lenet": ("lenet", (1, 28, 28), 8)})
-        yield layers.bench_layers(seconds=0.0, compiled=False)
+    return layers.bench_layers(
+        seconds=0.0,
+        compiled=False,
+        shapes=[(8, 3, 16, 16), (32, 32)],
+        networks={"lenet": ("lenet", (1, 28, 28), 8)},
+    )
 
 
 def test_every_shape_layout_and_job_is_a_row_with_its_ratios(benchmark):

@@ -1,6 +1,7 @@
 """`normlab bench layers`: batch norm alone and with what follows it, against torch's.
 
-Every row is a shape, a memory layout and a job. The peers take turns in one process. The memory
+Every row is a shape, a memory layout and a job. The peers take turns in one process of its own,
+whose C library keeps freed memory, so that none pays for pages that another gave back. The memory
 floor is the time of the passes over memory that no implementation can avoid, at the speed at which
 this machine copies between as many tensors of that size as the job has: in training x to y and the
 gradient of y to that of x, in inference x to y.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from normlab.bench.timing import Timing, machine, take_turns, versions
 from normlab.layers import BatchNorm1d, BatchNorm2d
 from normlab.networks import build_network
+from normlab.processes import Workers
 from normlab.surgery import convert
 
 __all__ = ["LayersBenchmark", "bench_layers"]
@@ -112,22 +114,42 @@ class LayersBenchmark:
         return asdict(self)
 
 
-def bench_layers(*, seconds: float = 2.0, compiled: bool = True) -> LayersBenchmark:
+def bench_layers(
+    *,
+    seconds: float = 2.0,
+    compiled: bool = True,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    networks: Mapping[str, tuple[str, tuple[int, int, int], int]] = NETWORKS,
+) -> LayersBenchmark:
     """Measure; takes some minutes, most of them compilation.
+
+    In a script, call it under `if __name__ == "__main__":`, for it starts a process.
 
     Args:
         seconds: To spend on each row.
         compiled: Measure `torch.compile` too, on BN + ReLU in training.
+        shapes: Of the inputs, (N, C) or (N, C, H, W).
+        networks: What is timed as a whole: network, shape of an image and batch size, by name.
     """
+    with Workers(1) as workers:
+        return workers.submit(_measure, seconds, compiled, shapes, networks).result()
+
+
+def _measure(
+    seconds: float,
+    compiled: bool,
+    shapes: Sequence[tuple[int, ...]],
+    networks: Mapping[str, tuple[str, tuple[int, int, int], int]],
+) -> LayersBenchmark:
     rows = [
         _row(shape, layout, job, seconds, compiled)
         for job in JOBS
-        for shape in SHAPES
+        for shape in shapes
         for layout in (("NCHW", "channels_last") if len(shape) == 4 else ("(N, C)",))
     ]
     return LayersBenchmark(
         rows=rows,
-        networks={name: _network(*spec, seconds=5 * seconds) for name, spec in NETWORKS.items()},
+        networks={name: _network(*spec, seconds=5 * seconds) for name, spec in networks.items()},
         memory={peer: _peak_memory(peer) for peer in ("torch", "normlab")},
         versions=versions(),
         machine=machine(),

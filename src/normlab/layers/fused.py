@@ -22,7 +22,7 @@ from normlab.layers.functional import (
     without_padding,
 )
 
-__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch"]
+__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch", "try_small"]
 
 SMALL = 1 << 15
 """Values below which the call costs more than the work, so that torch's operator is as fast."""
@@ -134,6 +134,44 @@ def batch_norm(
     return output
 
 
+def try_small(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor | None:
+    """Return what `batch_norm` does, if the input is small and all is well; else None.
+
+    For a small tensor the checks would take as long as the work. torch makes most of them itself,
+    and `batch_norm` finds the words for what it refuses.
+    """
+    if operators.is_watched() or input.ndim < 2:
+        return None
+    # In training a channel needs more than one value.
+    if not (
+        input.shape[1] * training < input.numel() < SMALL
+        and input.is_cpu
+        and input.dtype in _SMALL_DTYPES
+        and eps > 0
+        and not isinstance(momentum, Tensor)
+        and activation in native.ACTIVATIONS
+    ):
+        return None
+    try:
+        z = _torch_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    except RuntimeError:
+        return None
+    return z if activation is None else activate(z, activation, negative_slope)
+
+
 def normalize_by_batch(
     input: Tensor,
     weight: Tensor | None,
@@ -170,6 +208,10 @@ def normalize_by_batch(
     return output, Moments(mean, var, count)
 
 
+# torch's kernel for bfloat16 rounds scale and shift to it; so for that there is no size too small.
+_SMALL_DTYPES = (torch.float32, torch.float64)
+
+
 class _Way(Enum):
     """Who does the work: torch's kernels, or normlab's, called directly or as an operator."""
 
@@ -197,8 +239,7 @@ def _way(input: Tensor, *others: Tensor | None) -> _Way:
         return _Way.TORCH
     if watched:
         return _Way.TORCH if torch.compiler.is_exporting() else _Way.OPERATOR
-    # torch's kernel for bfloat16 rounds scale and shift to it; so there is no size too small.
-    small = size < SMALL and input.dtype != torch.bfloat16
+    small = size < SMALL and input.dtype in _SMALL_DTYPES
     if small or torch._C._get_tracing_state() is not None:
         return _Way.TORCH
     return _Way.DIRECT if operators.is_plain(input, *others) else _Way.OPERATOR

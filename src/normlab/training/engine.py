@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
-import signal
-import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 from normlab.data import Splits, load, split
 from normlab.errors import NormlabError
 from normlab.networks import build_network
+from normlab.processes import Workers
 from normlab.training.loop import train
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
@@ -79,14 +76,10 @@ def _one_thread() -> Iterator[None]:
 def _run_in_processes(
     recipe: Recipe, replicas: Sequence[Replica], workers: int
 ) -> Iterator[Measurement | Outcome]:
-    # Spawned, because a forked child of a process that has used torch's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (recipe, events))
-    try:
-        with _workers_ignore_ctrl_c():
-            for replica in replicas:
-                executor.submit(_work, replica)
+    events = multiprocessing.get_context("spawn").Queue()
+    with Workers(workers, _start_worker, (recipe, events)) as pool:
+        for replica in replicas:
+            pool.submit(_work, replica)
         unfinished = len(replicas)
         while unfinished:
             try:
@@ -98,36 +91,16 @@ def _run_in_processes(
                     raise event
                 unfinished -= isinstance(event, Outcome)
                 yield event
-            _check_that_workers_live(executor)
-    finally:
-        for process in _processes(executor):
-            process.terminate()
-        executor.shutdown(cancel_futures=True)
+            _check_that_workers_live(pool)
 
 
-@contextmanager
-def _workers_ignore_ctrl_c() -> Iterator[None]:
-    """Let the processes that start meanwhile ignore Ctrl-C: their parent hears it and ends them.
-
-    A worker could only say so itself after it has imported torch, which takes seconds.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread may set handlers, and only it hears Ctrl-C.
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _check_that_workers_live(executor: ProcessPoolExecutor) -> None:
+def _check_that_workers_live(pool: Workers) -> None:
     """Look at the processes themselves.
 
     The pool does not watch the worker that it started last until a replica is through, and its
     futures are not asked: a Ctrl-C inside one would leave its lock taken, and the pool waiting.
     """
-    processes = _processes(executor)
+    processes = pool.processes()
     if not processes or any(process.exitcode is not None for process in processes):
         raise NormlabError(
             "a worker process died, perhaps for want of memory: what was measured is kept; "
@@ -135,25 +108,13 @@ def _check_that_workers_live(executor: ProcessPoolExecutor) -> None:
         )
 
 
-def _processes(executor: ProcessPoolExecutor) -> list[Any]:
-    return list((executor._processes or {}).values())
-
-
 _worker: dict[str, Any] = {}
 """What a worker process keeps between replicas."""
 
 
 def _start_worker(recipe: Recipe, events: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(recipe=recipe, events=events, splits=_splits(recipe))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(replica: Replica) -> None:

@@ -48,7 +48,7 @@ def warn_once() -> None:
     """Say how to get the kernels."""
     warnings.warn(
         "normlab's fast kernels are not built, so torch's do the work: install a C++ compiler, and "
-        "run python -m normlab.layers.native.build",
+        "run python -m normlab.layers.native",
         stacklevel=2,
     )
 

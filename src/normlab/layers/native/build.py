@@ -1,7 +1,7 @@
-"""Compiles the kernels: `python -m normlab.layers.native.build`.
+"""Compiles the kernels, for `python -m normlab.layers.native` and for the build of the package.
 
-Only the standard library and a C++ compiler are needed, so that a build of the package can run this
-file before anything is installed.
+Only the standard library and a C++ compiler are needed: the package is built before anything else
+is installed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,10 +92,3 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-
-
-if __name__ == "__main__":
-    try:
-        print(build())
-    except OSError as error:
-        sys.exit(f"normlab: {error}")
