@@ -236,10 +236,10 @@ def test_a_damaged_ledger_is_refused(run, tmp_path, capsys):
 def test_a_disk_that_fills_while_training_keeps_what_was_measured(tmp_path):
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     arguments = ["compare", "--arms", "plain", "--seeds", "1", *TINY, "--evaluate-every", "1"]
-    arguments += ["--epochs", "20", "--out", str(tmp_path)]
+    arguments += ["--epochs", "20", "--network", "mlp:4", "--out", str(tmp_path)]
     process = start(*arguments, preexec_fn=small_files)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, "")

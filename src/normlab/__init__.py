@@ -5,9 +5,10 @@
 Replica(arm='plain', lr=0.01, seed=0)
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from normlab.compare import Comparison, compare
 from normlab.errors import InputError, LedgerError, NormlabError
 from normlab.layers import (
     BatchNorm1d,
@@ -19,8 +20,11 @@ from normlab.layers import (
     SyncBatchNorm,
     batch_norm,
 )
-from normlab.study import Study
-from normlab.surgery import convert
+
+if TYPE_CHECKING:
+    from normlab.comparison import Comparison, compare
+    from normlab.study import Study
+    from normlab.surgery.convert import convert
 
 __version__ = _version("normlab")
 
@@ -41,3 +45,28 @@ __all__ = [
     "compare",
     "convert",
 ]
+
+# A network that only wants the layers should not wait for pydantic and rich, so these names are
+# imported when they are first asked for. A home must not share the name of what lives in it: the
+# import system would put the module in the name's place.
+_HOMES = {
+    "Comparison": "comparison",
+    "Study": "study",
+    "compare": "comparison",
+    "convert": "surgery",
+}
+
+if not TYPE_CHECKING:  # A checker that saw this would take any misspelt name for one of ours.
+
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            value = getattr(_import_module(f"normlab.{_HOMES[name]}"), name)
+            globals()[name] = value  # The next look-up finds it without coming here.
+            return value
+        if name in _HOMES.values():
+            return _import_module(f"normlab.{name}")
+        raise AttributeError(f"module 'normlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

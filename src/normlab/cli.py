@@ -52,6 +52,12 @@ class _Compare:
         str,
         tyro.conf.arg(help="Processes to train in; the numbers do not depend on it.", metavar="N"),
     ] = str(torch.get_num_threads())
+    engine: Annotated[
+        str,
+        tyro.conf.arg(
+            help="auto times looped and stacked on each arm, and remembers.", metavar="ENGINE"
+        ),
+    ] = "auto"
     json: _Json = False
 
     def run(self) -> None:
@@ -66,7 +72,12 @@ class _Compare:
         if not self.workers.isdecimal():
             raise InputError(f"--workers {self.workers}: expected a whole number above 0")
         workers = int(self.workers)
-        _print(normlab.compare(self.study, out=self.out, workers=workers, **fields), self.json)
+        _print(
+            normlab.compare(
+                self.study, out=self.out, workers=workers, engine=self.engine, **fields
+            ),
+            self.json,
+        )
 
 
 # The study's own fields first, then those of its recipe.

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import reduction
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Workers"]
+import torch
+from torch import Tensor
+
+__all__ = ["SharedTensor", "Workers"]
 
 
 class Workers(ProcessPoolExecutor):
@@ -59,6 +65,38 @@ class Workers(ProcessPoolExecutor):
         for process in self.processes():
             process.terminate()
         self.shutdown(cancel_futures=True)
+
+
+class SharedTensor:
+    """A tensor that worker processes see, and do not copy, when they are started with it.
+
+    Args:
+        tensor: Copied once into memory that belongs to no file.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("normlab")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._file = os.dup(file.fileno())
+        os.ftruncate(self._file, max(1, tensor.numel() * tensor.element_size()))
+        self.tensor = self._map(tensor.dtype, tensor.shape).copy_(tensor)
+
+    def _map(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return torch.frombuffer(mmap.mmap(self._file, 0), dtype=dtype)[: shape.numel()].view(shape)
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self._file), self.tensor.dtype, self.tensor.shape
+
+    def __setstate__(self, state: Any) -> None:
+        file, dtype, shape = state
+        self._file = file.detach()
+        self.tensor = self._map(dtype, shape)
+
+    def close(self) -> None:
+        """Let go of the memory, when its last tensor does."""
+        os.close(self._file)
 
 
 @contextmanager

@@ -16,12 +16,27 @@ import torch
 from normlab.data import load, split
 from normlab.errors import InputError, NormlabError
 from normlab.networks import build_network
-from normlab.training import Measurement, Outcome, Recipe, Replica, run_replicas, train
+from normlab.training import (
+    Choice,
+    Engine,
+    Measurement,
+    Outcome,
+    Recipe,
+    Replica,
+    engine,
+    train,
+)
 
 # A thousand images to train on: 31 steps, and most of the time goes into evaluation.
 QUICK = Recipe(validation=59000, epochs=1)
 LONG = Recipe(validation=59000, epochs=10_000)
 PLAIN, BOTH = Replica("plain", 1e-3, 0), Replica("batch+dropout:0.5", 1e-3, 0)
+
+
+def run_replicas(recipe, replicas, workers=1, **options):
+    """With the engine chosen beforehand, so that nothing is timed."""
+    chosen = {replica.arm: Engine("looped", "traced") for replica in replicas}
+    return engine.run_replicas(recipe, replicas, workers, **{"chosen": chosen, **options})
 
 
 @pytest.fixture
@@ -210,8 +225,9 @@ def test_closing_the_iterator_ends_the_workers():
             process.kill()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started, in their order."""
     started, start = [], SpawnProcess.start
 
     def start_slowly(process):
@@ -220,14 +236,100 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(monkeypatch):
         time.sleep(0.2)  # CPython's pool then fails to watch the worker that it started last.
 
     monkeypatch.setattr(SpawnProcess, "start", start_slowly)
-    message = r"a worker process died.*run the same command again"
+    return started
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize("killed_at", [1, 2, 4, 7, 11])
+def test_the_work_of_a_worker_that_is_killed_is_done_again(started, tmp_path, killed_at):
+    recipe = QUICK.model_copy(update={"epochs": 6})
+    events, folder = [], tmp_path / "checkpoints"
+    with closing(run_replicas(recipe, [PLAIN, BOTH], workers=2, folder=folder)) as running:
+        for event in running:
+            events.append(event)
+            if len(events) == killed_at:
+                os.kill(started[-1], signal.SIGKILL)
+    assert len(started) >= 3
+    # Not one event is told twice, and none has another value.
+    assert told(events) == told(run_replicas(recipe, [PLAIN, BOTH]))
+    assert worker_ids() == []
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_a_second_worker_that_is_killed_is_an_error_that_says_what_to_do(started):
+    message = r"two worker processes died.*run the same command again"
     with closing(run_replicas(LONG, [PLAIN, BOTH], workers=2)) as events:
         next(events)
         os.kill(started[-1], signal.SIGKILL)
-        with at_most(seconds=8), pytest.raises(NormlabError, match=message):
+        while len(started) < 4:
+            next(events)
+        os.kill(started[-1], signal.SIGKILL)
+        with at_most(seconds=20), pytest.raises(NormlabError, match=message):
             for _ in events:
                 pass
     assert worker_ids() == []
+
+
+def test_engines_are_timed_once_and_remembered(monkeypatch):
+    recipe = QUICK.model_copy(update={"network": "mlp:9"})
+    replicas = [Replica("batch", 1e-3, seed) for seed in range(2)]
+    first, *rest = engine.run_replicas(recipe, replicas)
+    assert isinstance(first, Choice)
+    assert first.arm == "batch"
+    assert first.seconds.keys() == {"looped, traced", "stacked, traced"}
+    assert first.seconds[str(first.engine)] == min(first.seconds.values()) > 0
+    monkeypatch.setattr("normlab.training.fleet.Fleet.time_step", None)  # So it cannot be called.
+    again, *same = engine.run_replicas(recipe, replicas)
+    assert again == first
+    assert told(same) == told(rest)
+    (forced, *_) = engine.run_replicas(
+        recipe, replicas, chosen={"batch": Engine("stacked", "traced")}
+    )
+    assert isinstance(forced, Measurement)
+
+
+def test_a_kind_that_is_asked_for_is_taken_and_a_finished_replica_is_not_trained():
+    replicas = [Replica("batch", 1e-3, seed) for seed in range(3)]
+    first, *rest = engine.run_replicas(
+        QUICK, replicas, engine="stacked", finished=frozenset(replicas[:1])
+    )
+    assert first.engine.kind == "stacked"
+    assert {event.replica for event in rest} == set(replicas[1:])
+
+
+def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(monkeypatch):
+    # Adam would make a rounding of a gradient that is nothing as large as any other: hence sgd.
+    recipe = QUICK.model_copy(update={"network": "mlp:8", "optimizer": "sgd"})
+    replicas = [Replica("batch+dropout:0.5", 0.1, seed) for seed in range(2)]
+    monkeypatch.setattr("normlab.training.choice._COMPILATION", 0.0)
+    (first, *_) = engine.run_replicas(recipe, replicas, engine="looped")
+    assert first.seconds.keys() == {"looped, traced", "looped, compiled"}
+    compiled = dict.fromkeys(["batch+dropout:0.5"], Engine("looped", "compiled"))
+    fast = told(engine.run_replicas(recipe, replicas, chosen=compiled))
+    slow = told(run_replicas(recipe, replicas))
+    for replica in replicas:
+        measured, expected = fast[replica][0].values, slow[replica][0].values
+        assert measured == pytest.approx(expected, abs=1e-4)
+
+
+class Counts(torch.nn.Module):
+    """Does something else at every third step, which no trace can know."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.steps = torch.nn.Linear(784, 10), 0
+
+    def forward(self, x):
+        self.steps += self.training
+        return self.linear(x.flatten(1)) * (1 + self.steps % 3)
+
+
+def test_a_network_whose_trace_does_something_else_is_trained_by_the_module_itself(monkeypatch):
+    monkeypatch.setattr("normlab.training.engine.build_network", lambda *_, **__: Counts())
+    recipe = QUICK.model_copy(update={"network": "mlp:7"})
+    first, *_ = engine.run_replicas(recipe, [Replica("plain", 1e-3, seed) for seed in range(2)])
+    assert first.engine == Engine("looped", "eager")
 
 
 def test_an_error_in_a_worker_is_the_callers_however_busy_the_other_workers_are():
@@ -250,13 +352,15 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         textwrap.dedent(
             """
             import multiprocessing
-            from normlab.training import Recipe, Replica, run_replicas
+            from normlab.training import Engine, Measurement, Recipe, Replica, run_replicas
 
             if __name__ == "__main__":
                 recipe = Recipe(validation=59000, epochs=10_000)
                 replicas = [Replica("plain", 1e-3, seed) for seed in (0, 1)]
-                events = run_replicas(recipe, replicas, workers=2)
-                next(events)
+                chosen = {"plain": Engine("looped", "traced")}
+                events = run_replicas(recipe, replicas, workers=2, chosen=chosen)
+                while not isinstance(next(events), Measurement):
+                    pass
                 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
                 for _ in events:
                     pass

@@ -21,14 +21,19 @@ class Dropout(nn.Dropout):
     """
 
     generator: torch.Generator | None = None
+    mask: Tensor | None = None
+    """Multiplies the next inputs if it is there, in place of a drawn one: for programs that are
+    traced once and get their random numbers from outside."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
-        if self.p == 1:
-            return input * 0
-        keep = torch.empty_like(input).bernoulli_(1 - self.p, generator=self.generator)
-        return input * keep.div_(1 - self.p)
+        return input * (self.draw(input) if self.mask is None else self.mask)
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Return the next mask, like a tensor: 0 where a value is dropped, 1/(1−p) elsewhere."""
+        keep = torch.empty_like(like).bernoulli_(1 - self.p, generator=self.generator)
+        return keep.div_(1 - self.p) if self.p < 1 else keep
 
 
 def draw_dropout_from(generator: torch.Generator, network: nn.Module) -> None:

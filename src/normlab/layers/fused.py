@@ -237,12 +237,14 @@ def _way(input: Tensor, *others: Tensor | None) -> _Way:
         if not watched:
             native.warn_once()
         return _Way.TORCH
-    if watched:
-        return _Way.TORCH if torch.compiler.is_exporting() else _Way.OPERATOR
+    if watched and torch.compiler.is_exporting():
+        return _Way.TORCH
+    if watched and operators.is_transformed():
+        return _Way.OPERATOR  # Whatever the size, on which a compiler would have to be asked.
     small = size < SMALL and input.dtype in _SMALL_DTYPES
     if small or torch._C._get_tracing_state() is not None:
         return _Way.TORCH
-    return _Way.DIRECT if operators.is_plain(input, *others) else _Way.OPERATOR
+    return _Way.DIRECT if not watched and operators.is_plain(input, *others) else _Way.OPERATOR
 
 
 def _moves(input: Tensor, *running: Tensor | None) -> bool:

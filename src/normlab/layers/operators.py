@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from normlab.layers import native
 from normlab.layers.functional import activate, moments, normalize
 
-__all__ = ["batch_norm", "batch_norm_directly", "is_plain", "is_watched"]
+__all__ = ["batch_norm", "batch_norm_directly", "is_plain", "is_transformed", "is_watched"]
 
 _library = torch.library.Library("normlab", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -39,10 +39,14 @@ _library.impl("batch_norm_backward", native.backward, "CPU")
 
 def is_watched() -> bool:
     """Tell whether something else than ordinary autograd looks at what is computed now."""
+    return is_transformed() or torch._C._len_torch_dispatch_stack() != 0
+
+
+def is_transformed() -> bool:
+    """Tell whether what is computed now is compiled, vectorized or differentiated forward."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() != 0
         or forward_ad._current_level >= 0
     )
 

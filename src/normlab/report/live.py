@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from normlab.report.wording import duration
 from normlab.study import Study
-from normlab.training import Measurement, Outcome, Replica
+from normlab.training import Choice, Event, Measurement, Outcome, Replica
 
 __all__ = ["Live"]
 
@@ -69,15 +69,27 @@ class Live:
                 "all replicas", total=total * epochs, completed=done * epochs, state=self._state()
             )
 
-    def __call__(self, event: Measurement | Outcome) -> None:
+    def __call__(self, event: Event) -> None:
         """Show an event."""
-        if isinstance(event, Measurement):
+        if isinstance(event, Choice):
+            self._chosen(event)
+        elif isinstance(event, Measurement):
             self._measured(event)
         else:
             self._ended(event)
         if self._progress:
             epochs = self._resumed * self._study.epochs + sum(self._epochs.values())
             self._progress.update(self._whole, completed=epochs, state=self._state())
+
+    def _chosen(self, event: Choice) -> None:
+        timed = ", ".join(
+            f"{engine} {seconds * 1e3:.2f} ms" for engine, seconds in event.seconds.items()
+        )
+        self._console.print(
+            f"{event.arm}: trained {event.engine} (a step takes {timed})",
+            markup=False,
+            soft_wrap=True,
+        )
 
     def _measured(self, event: Measurement) -> None:
         self._last[event.replica] = event

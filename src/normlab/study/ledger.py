@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from normlab.errors import InputError, LedgerError
 from normlab.study.declaration import Study
-from normlab.training import Measurement, Outcome, Replica
+from normlab.training import Choice, Engine, Event, Measurement, Replica
 
 __all__ = ["FILENAME", "Ledger"]
 
@@ -28,6 +28,9 @@ CREATE TABLE session (
     id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
     versions TEXT NOT NULL, machine TEXT NOT NULL
 );
+CREATE TABLE engine (
+    arm TEXT PRIMARY KEY, kind TEXT NOT NULL, code TEXT NOT NULL, seconds TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE replica (
     arm TEXT, lr REAL, seed INTEGER, status TEXT NOT NULL, step INTEGER NOT NULL,
     seconds REAL NOT NULL, PRIMARY KEY (arm, lr, seed)
@@ -201,11 +204,11 @@ class Ledger:
             raise
         self._connection.execute("COMMIT")
 
-    def add(self, event: Measurement | Outcome, seconds: float) -> None:
+    def add(self, event: Event, seconds: float) -> None:
         """Keep an event.
 
         Args:
-            event: A measurement, or a replica's outcome.
+            event: A measurement, a replica's outcome, or the choice of an arm's engine.
             seconds: How long the session has taken so far.
         """
         with self._transaction():
@@ -216,6 +219,11 @@ class Ledger:
                         (*event.replica, event.step, event.epoch, split, metric, value)
                         for (split, metric), value in event.values.items()
                     ],
+                )
+            elif isinstance(event, Choice):
+                self._connection.execute(
+                    "INSERT INTO engine VALUES (?, ?, ?, ?)",
+                    (event.arm, *event.engine, json.dumps(event.seconds)),
                 )
             else:
                 self._connection.execute(
@@ -237,15 +245,21 @@ class Ledger:
         rows = self._connection.execute("SELECT arm, lr, seed FROM replica")
         return {Replica(*row) for row in rows}
 
+    def engines(self) -> dict[str, Engine]:
+        """Return the engines that were chosen, by arm."""
+        rows = self._connection.execute("SELECT arm, kind, code FROM engine")
+        return {arm: Engine(kind, code) for arm, kind, code in rows}
+
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return a table's rows in the order of its key.
 
         Args:
-            table: `measurement`, `replica` or `session`.
+            table: `measurement`, `replica`, `engine` or `session`.
         """
         order = {
             "measurement": "arm, lr, seed, step, split, metric",
             "replica": "arm, lr, seed",
+            "engine": "arm",
             "session": "id",
         }[table]
         cursor = self._connection.execute(f"SELECT * FROM {table} ORDER BY {order}")

@@ -11,7 +11,8 @@ from normlab.data import load, split
 from normlab.errors import InputError
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
-from normlab.training import Measurement, Outcome, run_replicas
+from normlab.training import Event, run_replicas
+from normlab.training.choice import check_engine
 
 __all__ = ["Watcher", "run"]
 
@@ -22,7 +23,7 @@ class Watcher(Protocol):
     def begin(self, done: int, total: int) -> None:
         """Hear how many replicas the ledger holds, and of how many, before the first is trained."""
 
-    def __call__(self, event: Measurement | Outcome) -> None:
+    def __call__(self, event: Event) -> None:
         """Hear of an event, after it is kept."""
 
 
@@ -31,6 +32,7 @@ def run(
     folder: Path,
     *,
     workers: int = 1,
+    engine: str = "auto",
     watcher: Watcher | None = None,
 ) -> None:
     """Train the replicas that are missing in a folder's ledger.
@@ -39,6 +41,8 @@ def run(
         study: What to run.
         folder: Made if it is not there.
         workers: Processes to train in.
+        engine: `looped`, `stacked`, or `auto` to time both; an arm that the ledger has an engine of
+            goes on with that.
         watcher: Told how things go.
 
     Raises:
@@ -48,17 +52,27 @@ def run(
     """
     if workers < 1:
         raise InputError(f"workers={workers}: at least 1 is needed")
+    check_engine(engine)
     study.check_against(split(load(study.dataset), study.validation))
     with Ledger.write(folder, study) as ledger:
-        finished = ledger.finished()
-        missing = [replica for replica in study.replicas if replica not in finished]
+        finished = frozenset(ledger.finished())
+        missing = len(study.replicas) - len(finished)
         if watcher:
             watcher.begin(len(finished), len(study.replicas))
         if not missing:
             return
-        ledger.begin_session(min(workers, len(missing)))
+        ledger.begin_session(min(workers, missing))
         started = time.perf_counter()
-        with closing(run_replicas(study, missing, workers)) as events:
+        events = run_replicas(
+            study,
+            study.replicas,
+            workers,
+            engine=engine,
+            chosen=ledger.engines(),
+            finished=finished,
+            folder=folder / "checkpoints",
+        )
+        with closing(events):
             for event in events:
                 ledger.add(event, time.perf_counter() - started)
                 if watcher:

@@ -1,7 +1,21 @@
 """Training: recipes, and the engines that follow them."""
 
-from normlab.training.engine import run_replicas
-from normlab.training.loop import evaluate, train
+from normlab.training.choice import ENGINES, Choice
+from normlab.training.engine import Event, run_replicas
+from normlab.training.fleet import Engine, Fleet, evaluate, train
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
-__all__ = ["Measurement", "Outcome", "Recipe", "Replica", "evaluate", "run_replicas", "train"]
+__all__ = [
+    "ENGINES",
+    "Choice",
+    "Engine",
+    "Event",
+    "Fleet",
+    "Measurement",
+    "Outcome",
+    "Recipe",
+    "Replica",
+    "evaluate",
+    "run_replicas",
+    "train",
+]

@@ -1,127 +1,301 @@
-"""Runs replicas, in this process or in several, and yields what they measure."""
+"""Trains fleets, in this process or in several, and yields what they measure."""
 
 from __future__ import annotations
 
 import multiprocessing
 import queue
+import shutil
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from normlab.data import Splits, load, split
+from normlab.data.datasets import Dataset
 from normlab.errors import NormlabError
 from normlab.networks import build_network
-from normlab.processes import Workers
-from normlab.training.loop import train
+from normlab.processes import SharedTensor, Workers
+from normlab.training.choice import Choice, choose
+from normlab.training.fleet import Engine, Fleet
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
-__all__ = ["run_replicas"]
+__all__ = ["Event", "run_replicas"]
+
+Event = Choice | Measurement | Outcome
+
+_LOOPED_UNIT = 3  # Replicas: enough to share what evaluation reads, few enough to share out evenly.
+_STACKED_UNIT = 10
+
+
+class Unit(NamedTuple):
+    """What a worker trains at a time: a fleet or a part of it, and the place of its checkpoint."""
+
+    replicas: tuple[Replica, ...]
+    engine: Engine
+    checkpoint: Path | None
 
 
 def run_replicas(
-    recipe: Recipe, replicas: Sequence[Replica], workers: int = 1
-) -> Generator[Measurement | Outcome, None, None]:
-    """Train replicas and yield every measurement and outcome as it comes.
+    recipe: Recipe,
+    replicas: Sequence[Replica],
+    workers: int = 1,
+    *,
+    engine: str = "auto",
+    chosen: Mapping[str, Engine] | None = None,
+    finished: frozenset[Replica] = frozenset(),
+    folder: Path | None = None,
+) -> Generator[Event, None, None]:
+    """Train replicas and yield every choice, measurement and outcome as it comes.
 
-    Each replica runs on one thread, whatever the number of workers, so that its numbers do not
-    depend on it. Closing the iterator stops the work.
+    Each worker computes on one thread, so that numbers do not depend on how many there are. Closing
+    the iterator stops the work. A worker that dies is replaced once, and its work done again.
 
     Args:
         recipe: What they have in common.
-        replicas: Which to train.
+        replicas: All of the study.
         workers: Processes to train in; with 1, this process.
+        engine: `looped`, `stacked`, or `auto` to time both for each arm.
+        chosen: Engines of arms that were chosen before.
+        finished: Replicas that need no training, of which nothing is yielded.
+        folder: Where checkpoints are kept; made if need be, and empty at the end.
 
     Raises:
-        NormlabError: A worker process died.
+        NormlabError: A second worker process died, or there is no room for a checkpoint.
     """
-    if workers == 1 or len(replicas) < 2:
-        with _one_thread():
-            for replica in replicas:
-                yield from _train(recipe, replica, _splits(recipe))
-    else:
-        yield from _run_in_processes(recipe, replicas, min(workers, len(replicas)))
+    fleets: dict[str, list[Replica]] = {}
+    for replica in replicas:
+        fleets.setdefault(replica.arm, []).append(replica)
+    missing = [r for r in replicas if r not in finished]
+    workers = max(1, min(workers, len(missing)))
+    choices = dict(chosen or {})
+    arms = dict.fromkeys(replica.arm for replica in missing)
+    undecided = [(arm, engine, len(fleets[arm])) for arm in arms if arm not in choices]
+    with _team(recipe, workers) as team:
+        for choice in team.run(_choose, undecided):
+            choices[choice.arm] = choice.engine
+            yield choice
+        units = [
+            unit
+            for unit in _units(fleets, choices, workers, folder)
+            if not finished.issuperset(unit.replicas)
+        ]
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        seen: set[tuple[Replica, int | None]] = {(replica, None) for replica in finished}
+        for event in team.run(_train, units):
+            # What a checkpoint holds, or a new worker does again, has been told before.
+            key = (event.replica, event.step if isinstance(event, Measurement) else None)
+            if key not in seen and (event.replica, None) not in seen:
+                seen.add(key)
+                yield event
+    if folder is not None:
+        shutil.rmtree(folder)
 
 
-def _splits(recipe: Recipe) -> Splits:
-    return split(load(recipe.dataset), recipe.validation)
+def _units(
+    fleets: Mapping[str, Sequence[Replica]],
+    choices: Mapping[str, Engine],
+    workers: int,
+    folder: Path | None,
+) -> list[Unit]:
+    """Cut fleets into units of about equal size; arms take turns.
+
+    A stack is cut in the same way whatever the workers and whatever is done already, because its
+    numbers may depend, in their last bits, on its size.
+    """
+    by_arm = []
+    for number, (arm, fleet) in enumerate(fleets.items()):
+        if arm not in choices:
+            continue  # All of it is finished.
+        if choices[arm].kind == "stacked":
+            parts = -(-len(fleet) // _STACKED_UNIT)
+        else:
+            enough = -(-workers // len(fleets))
+            parts = max(-(-len(fleet) // _LOOPED_UNIT), min(enough, len(fleet)))
+        cuts = [len(fleet) * part // parts for part in range(parts + 1)]
+        by_arm.append(
+            [
+                Unit(
+                    tuple(fleet[start:stop]),
+                    choices[arm],
+                    folder / f"{number}-{start}-{stop}.safetensors" if folder else None,
+                )
+                for start, stop in pairwise(cuts)
+            ]
+        )
+    longest = max(map(len, by_arm), default=0)
+    return [units[i] for i in range(longest) for units in by_arm if i < len(units)]
 
 
-def _train(recipe: Recipe, replica: Replica, splits: Splits) -> Iterator[Measurement | Outcome]:
-    network = build_network(
-        recipe.network,
-        replica.arm,
-        replica.seed,
-        image_shape=splits.dataset.image_shape,
-        classes=splits.dataset.classes,
-        activation=recipe.activation,
-        init=recipe.init,
-    )
-    return train(network, replica, recipe, splits)
+def _fleet(
+    recipe: Recipe,
+    replicas: Sequence[Replica],
+    splits: Splits,
+    engine: Engine,
+    passes: dict[Any, Any],
+) -> Fleet:
+    networks = [
+        build_network(
+            recipe.network,
+            replica.arm,
+            replica.seed,
+            image_shape=splits.dataset.image_shape,
+            classes=splits.dataset.classes,
+            activation=recipe.activation,
+            init=recipe.init,
+        )
+        for replica in replicas
+    ]
+    return Fleet(networks, replicas, recipe, splits, engine, passes)
+
+
+# ------------------------------------------------------------------------- who does it
+
+
+class _Bench:
+    """What a process keeps between units: the data, and passes that were traced or compiled."""
+
+    def __init__(self, recipe: Recipe, splits: Splits) -> None:
+        self.recipe, self.splits = recipe, splits
+        self.passes: dict[Any, Any] = {}
+
+
+def _choose(bench: _Bench, arm: str, engine: str, fleet: int) -> Iterator[Choice]:
+    def build(replicas: Sequence[Replica], engine: Engine) -> Fleet:
+        return _fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
+
+    yield choose(bench.recipe, bench.splits, arm, engine, fleet, build)
+
+
+def _train(bench: _Bench, *unit: Any) -> Iterator[Measurement | Outcome]:
+    replicas, engine, checkpoint = Unit(*unit)
+    fleet = _fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
+    return fleet.train(checkpoint)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread, and leave torch's setting as it was found."""
+def _team(recipe: Recipe, workers: int) -> Iterator[_Alone | _Together]:
+    splits = split(load(recipe.dataset), recipe.validation)
+    if workers > 1:
+        with _Together(recipe, splits, workers) as team:
+            yield team
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield _Alone(_Bench(recipe, splits))
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_in_processes(
-    recipe: Recipe, replicas: Sequence[Replica], workers: int
-) -> Iterator[Measurement | Outcome]:
-    events = multiprocessing.get_context("spawn").Queue()
-    with Workers(workers, _start_worker, (recipe, events)) as pool:
-        for replica in replicas:
-            pool.submit(_work, replica)
-        unfinished = len(replicas)
-        while unfinished:
-            try:
-                event = events.get(timeout=0.5)
-            except queue.Empty:
-                pass
-            else:
-                if isinstance(event, Exception):
+class _Alone:
+    """Does jobs here, one after the other."""
+
+    def __init__(self, bench: _Bench) -> None:
+        self.bench = bench
+
+    def run(self, job: Any, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield the events of a job for every item."""
+        for item in items:
+            yield from job(self.bench, *item)
+
+
+class _Together:
+    """Does jobs in worker processes."""
+
+    def __init__(self, recipe: Recipe, splits: Splits, workers: int) -> None:
+        self.recipe, self.dataset, self.workers = recipe, splits.dataset, workers
+        try:
+            self.images = SharedTensor(splits.dataset.images)
+        except OSError as error:
+            raise NormlabError(
+                f"workers cannot share the images ({error.strerror}): run with --workers 1"
+            ) from None
+        self.deaths = 0
+        self.pool: Workers | None = None
+
+    def __enter__(self) -> _Together:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+        self.images.close()
+
+    def run(self, job: Any, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield the events of a job for every item, in the order in which they come."""
+        waiting = dict(enumerate(items))
+        while waiting:
+            pool, events = self._open()
+            for number, item in waiting.items():
+                pool.submit(_work, job, number, item)
+            while waiting and not self._has_lost_a_worker():
+                try:
+                    event = events.get(timeout=0.5)
+                except queue.Empty:
+                    continue
+                if isinstance(event, int):
+                    del waiting[event]
+                elif isinstance(event, Exception):
                     raise event
-                unfinished -= isinstance(event, Outcome)
-                yield event
-            _check_that_workers_live(pool)
+                else:
+                    yield event
 
+    def _open(self) -> tuple[Workers, Any]:
+        if self.pool is None:
+            self.events = multiprocessing.get_context("spawn").Queue()
+            data = self.dataset
+            rest = (data.name, data.labels.numpy(), data.train_size, data.classes)
+            start = (self.recipe, rest, self.images, self.events)
+            self.pool = Workers(self.workers, _start_worker, start)
+        return self.pool, self.events
 
-def _check_that_workers_live(pool: Workers) -> None:
-    """Look at the processes themselves.
+    def _close(self) -> None:
+        if self.pool is not None:
+            self.pool.__exit__(None, None, None)
+            self.pool = None
 
-    The pool does not watch the worker that it started last until a replica is through, and its
-    futures are not asked: a Ctrl-C inside one would leave its lock taken, and the pool waiting.
-    """
-    processes = pool.processes()
-    if not processes or any(process.exitcode is not None for process in processes):
-        raise NormlabError(
-            "a worker process died, perhaps for want of memory: what was measured is kept; "
-            "run the same command again, with --workers 1 if it happens again"
-        )
+    def _has_lost_a_worker(self) -> bool:
+        """Look at the processes themselves, and give up on the pool if one is gone.
+
+        The pool does not watch the worker that it started last until it is through with an item,
+        and its futures are not asked: a Ctrl-C inside one would leave its lock taken, and the pool
+        waiting.
+        """
+        assert self.pool is not None
+        processes = self.pool.processes()
+        if processes and all(process.exitcode is None for process in processes):
+            return False
+        self.deaths += 1
+        if self.deaths > 1:
+            raise NormlabError(
+                "two worker processes died, perhaps for want of memory: what was measured is kept; "
+                "run the same command again, with --workers 1 if it happens again"
+            )
+        self._close()
+        return True
 
 
 _worker: dict[str, Any] = {}
-"""What a worker process keeps between replicas."""
+"""What a worker process is given when it starts."""
 
 
-def _start_worker(recipe: Recipe, events: Any) -> None:
+def _start_worker(recipe: Recipe, rest: Any, images: SharedTensor, events: Any) -> None:
     torch.set_num_threads(1)
-    _worker.update(recipe=recipe, events=events, splits=_splits(recipe))
+    name, labels, train_size, classes = rest
+    dataset = Dataset(name, images.tensor, torch.from_numpy(labels), train_size, classes)
+    _worker.update(bench=_Bench(recipe, split(dataset, recipe.validation)), events=events)
 
 
-def _work(replica: Replica) -> None:
+def _work(job: Any, number: int, item: tuple[Any, ...]) -> None:
     events = _worker["events"]
     try:
-        for event in _train(_worker["recipe"], replica, _worker["splits"]):
+        for event in job(_worker["bench"], *item):
             events.put(event)
+        events.put(number)
     except NormlabError as error:
         events.put(error)
     except Exception:

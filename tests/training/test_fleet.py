@@ -7,10 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from normlab.data import Dataset, Splits, load
+from normlab.errors import NormlabError
+from normlab.layers import draw_dropout_from
 from normlab.networks import build_network
 from normlab.streams import stream
-from normlab.training import Measurement, Outcome, Recipe, Replica, evaluate, train
+from normlab.training import Engine, Fleet, Measurement, Outcome, Recipe, Replica, fleet
 
+EAGER, TRACED = Engine("looped", "eager"), Engine("looped", "traced")
+STACKED = Engine("stacked", "traced")
 ARMS = ["plain", "batch", "batch+dropout:0.5", "layer"]
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
 ADAM = {"optimizer": "adam", "weight_decay": 0.02}
@@ -26,13 +30,23 @@ def splits():
     return Splits(Dataset("few", images, labels, train_size=260, classes=10), indices)
 
 
+def train(*arguments, engine=EAGER):
+    """By the module itself unless told otherwise, so that its hooks see every step."""
+    return fleet.train(*arguments, engine)
+
+
+def evaluate(network, *arguments):
+    (found,) = fleet.evaluate([network.eval()], *arguments)
+    return found
+
+
 def build(arm, seed=0):
     return build_network("mlp:16,8", arm, seed, image_shape=(1, 28, 28), classes=10)
 
 
-def run(splits, recipe, arm="batch+dropout:0.5", lr=0.01, seed=0):
+def run(splits, recipe, arm="batch+dropout:0.5", lr=0.01, seed=0, engine=TRACED):
     network = build(arm, seed)
-    return network, list(train(network, Replica(arm, lr, seed), recipe, splits))
+    return network, list(train(network, Replica(arm, lr, seed), recipe, splits, engine=engine))
 
 
 def bits(network):
@@ -158,11 +172,12 @@ def by_hand(replica, recipe, splits):
     ],
     ids=["sgd-whole", "sgd-all", "adam-whole", "adam-all"],
 )
+@pytest.mark.parametrize("engine", [EAGER, TRACED], ids=str)
 @pytest.mark.parametrize("arm", ARMS)
-def test_training_is_the_textbooks_loop(splits, arm, fields):
+def test_training_is_the_textbooks_loop(splits, arm, engine, fields):
     recipe = Recipe(epochs=3, **fields)
     replica = Replica(arm, LR[recipe.optimizer], 7)
-    network, events = run(splits, recipe, *replica)
+    network, events = run(splits, recipe, *replica, engine=engine)
     reference, expected = by_hand(replica, recipe, splits)
     seen = measurements(events)
     assert [(m.step, m.epoch) for m in seen] == [(step, epoch) for step, epoch, _ in expected]
@@ -172,6 +187,132 @@ def test_training_is_the_textbooks_loop(splits, arm, fields):
         assert measurement.values == pytest.approx(values, abs=1e-5)
     torch.testing.assert_close(bits(network), bits(reference), rtol=1e-4, atol=1e-4)
     assert events[-1][:3] == (replica, "done", expected[-1][0])
+
+
+EVERY_ARM = ["plain", "batch", "torch-batch", "layer", "group:2", "rms", "dropout:0.5"]
+EVERY_ARM += ["batch@post", "batch@input", "batch+dropout:0.2"]
+
+
+def in_double(splits, arm, recipe, engine, rates, steps):
+    """Fifty steps of a fleet, one seed for each rate: its states, and the losses summed up."""
+    networks = [build(arm, seed).double() for seed in range(len(rates))]
+    replicas = [Replica(arm, lr, seed) for seed, lr in enumerate(rates)]
+    trained = Fleet(networks, replicas, recipe, splits, engine)
+    for stop in range(6, steps + 1, 6):
+        trained._advance(stop)
+    return [trained.state(r) for r in range(len(rates))], trained._losses
+
+
+def by_hand_in_double(splits, replica, recipe, steps):
+    if replica.arm in ("plain", "batch", "layer"):
+        network = stock_network(replica.arm, replica.seed)
+    else:
+        network = build(replica.arm, replica.seed)
+        draw_dropout_from(stream(replica.seed, "dropout"), network)
+    network.double().train()
+    kind = torch.optim.SGD if recipe.optimizer == "sgd" else torch.optim.Adam
+    more = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+    optimizer = kind(
+        network.parameters(), replica.lr, weight_decay=recipe.weight_decay, foreach=False, **more
+    )
+    order, total = stream(replica.seed, "order"), 0.0
+    for step in range(steps):
+        if step % 6 == 0:
+            train = splits.indices["train"]
+            shuffled = train[torch.randperm(len(train), generator=order)]
+        batch = shuffled[step % 6 * 32 : step % 6 * 32 + 32]
+        x = (splits.dataset.images[batch].float() * (1 / 255)).double()
+        loss = F.cross_entropy(network(x), splits.dataset.labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return network.state_dict(), total
+
+
+@pytest.mark.parametrize("fields", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("arm", EVERY_ARM)
+def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm, fields):
+    recipe, rates = Recipe(epochs=9, **fields), [0.01, 0.02, 0.005]
+    expected = [
+        by_hand_in_double(splits, Replica(arm, lr, seed), recipe, 48)
+        for seed, lr in enumerate(rates)
+    ]
+    for engine in (TRACED, STACKED):
+        states, losses = in_double(splits, arm, recipe, engine, rates, 48)
+        for state, loss, (reference, total) in zip(states, losses, expected, strict=True):
+            assert loss.item() == pytest.approx(total, rel=1e-6)  # Summed up in float32.
+            assert state.keys() == reference.keys()
+            for name, value in state.items():
+                torch.testing.assert_close(value, reference[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+def test_no_replica_touches_another(splits, engine):
+    recipe, arm = Recipe(epochs=1, **SGD), "batch+dropout:0.5"
+    one, _ = in_double(splits, arm, recipe, engine, [0.01, 0.02, 0.005], 12)
+    for rates in ([0.01, 0.3, 0.005], [0.01, 1e6, 0.005]):
+        other, _ = in_double(splits, arm, recipe, engine, rates, 12)
+        for r in (0, 2):
+            assert same_bits(one[r], other[r])
+        assert not same_bits(one[1], other[1])
+
+
+@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+def test_a_replica_of_a_fleet_that_diverges_leaves_the_others_as_they_are(splits, engine):
+    recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
+
+    def told(rates):
+        replicas = [Replica("batch", lr, seed) for seed, lr in enumerate(rates)]
+        networks = [build("batch", seed) for seed in range(len(rates))]
+        events = list(Fleet(networks, replicas, recipe, splits, engine).train())
+        return [event[:3] if isinstance(event, Outcome) else event for event in events]
+
+    well, ill = told([0.1, 0.1, 0.1]), told([0.1, 1e30, 0.1])
+    assert [e for e in ill if e[0].seed != 1] == [e for e in well if e[0].seed != 1]
+    assert [e[1:] for e in ill if e[0].seed == 1] == [("diverged", 6)]
+
+
+@pytest.mark.parametrize("engine", [EAGER, TRACED, STACKED], ids=str)
+@pytest.mark.parametrize("fields", [{**SGD, "evaluate_every": 4}, ADAM], ids=["sgd", "adam"])
+def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path, engine, fields):
+    recipe, arm = Recipe(epochs=3, drop_last=False, **fields), "batch+dropout:0.5"
+    replicas = [Replica(arm, 0.01, seed) for seed in range(2)]
+
+    def make():
+        return Fleet([build(arm, seed) for seed in range(2)], replicas, recipe, splits, engine)
+
+    whole = make()
+    expected = [event[:3] for event in whole.train()]
+    first, path = make(), tmp_path / "fleet.safetensors"
+    events = first.train(path)
+    while not path.exists():
+        next(events)
+    seen = list(first.events)
+    events.close()
+    second = make()
+    again = list(second.train(path))
+    assert again[: len(seen)] == seen
+    assert [event[:3] for event in again] == expected
+    for r in range(2):
+        assert same_bits(second.state(r), whole.state(r))
+
+
+def test_a_checkpoint_of_something_else_is_refused(splits, tmp_path):
+    path = tmp_path / "fleet.safetensors"
+    recipe, replicas = Recipe(epochs=2), [Replica("plain", 0.01, 0)]
+
+    def make(engine=TRACED):
+        return Fleet([build("plain")], replicas, recipe, splits, engine)
+
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(NormlabError, match=r"fleet.safetensors is no checkpoint of this run"):
+        list(make().train(path))
+    path.unlink()
+    events = make().train(path)
+    next(events), next(events)
+    with pytest.raises(NormlabError, match="made by another engine, looped, traced"):
+        list(make(EAGER).train(path))
 
 
 @pytest.mark.parametrize("field", ["momentum", "weight_decay"])
@@ -320,7 +461,7 @@ def test_evaluation_moves_nothing_and_leaves_eval_mode(trained, splits):
 def test_evaluation_does_not_depend_on_its_batches(trained, splits, monkeypatch, size):
     indices = splits.indices["test"]
     alone = [evaluated(trained, splits, indices[i : i + 1]) for i in range(len(indices))]
-    monkeypatch.setattr("normlab.training.loop._EVALUATION_BATCH", size)
+    monkeypatch.setattr("normlab.training.fleet.EVALUATION_BATCH", size)
     watch = Watch(trained)
     loss, accuracy = evaluated(trained, splits, indices)
     # The mean of the samples' own losses, in which a batch's mean would weigh 5 as much as 7.
@@ -432,6 +573,6 @@ def test_a_replica_learns(splits):
 
 def test_the_time_of_a_replica_includes_its_evaluations(splits, monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr("normlab.training.loop.time.perf_counter", lambda: next(now) * 1.5)
+    monkeypatch.setattr("normlab.training.fleet.time.perf_counter", lambda: next(now) * 1.5)
     _, events = run(splits, Recipe(epochs=1))
     assert events[-1].seconds == 1.5

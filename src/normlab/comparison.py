@@ -59,6 +59,7 @@ def compare(
     *,
     out: str | Path | None = None,
     workers: int = 1,
+    engine: str = "auto",
     progress: bool = True,
     **fields: Any,
 ) -> Comparison:
@@ -73,6 +74,8 @@ def compare(
             is declared.
         workers: Processes to train in. The numbers do not depend on it. With more than 1, a script
             must keep its work under `if __name__ == "__main__":`, as for a DataLoader's workers.
+        engine: `looped` trains one replica after another, `stacked` several in one operation;
+            `auto` times both on each arm's own steps, and remembers.
         progress: Show progress on standard error.
         **fields: Fields of the study that get another value, such as `seeds=5` or `epochs=2`.
 
@@ -92,9 +95,9 @@ def compare(
     folder = Path(out) if out is not None else default_folder(declared)
     if progress:
         with reports.Live(declared) as live:
-            studies.run(declared, folder, workers=workers, watcher=live)
+            studies.run(declared, folder, workers=workers, engine=engine, watcher=live)
     else:
-        studies.run(declared, folder, workers=workers)
+        studies.run(declared, folder, workers=workers, engine=engine)
     comparison = Comparison(folder)
     comparison.report()
     return comparison

@@ -1,0 +1,129 @@
+"""Which engine trains an arm fastest: found by timing, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from normlab.data import Splits
+from normlab.errors import InputError, did_you_mean
+from normlab.files import replace
+from normlab.training.fleet import Engine, Fleet
+from normlab.training.program import cache_folder
+from normlab.training.recipe import Recipe, Replica
+
+__all__ = ["ENGINES", "Choice", "choose"]
+
+ENGINES = ("auto", "looped", "stacked")
+_STEPS = 20
+_COMPILATION = 25.0  # Seconds; what it takes differs by a factor of two between machines.
+_STACK = 10
+
+
+class Choice(NamedTuple):
+    """The engine of an arm.
+
+    Attributes:
+        arm: Which arm.
+        engine: Its engine.
+        seconds: What a replica's step took with each engine that was timed, by its name.
+    """
+
+    arm: str
+    engine: Engine
+    seconds: dict[str, float]
+
+
+def choose(
+    recipe: Recipe,
+    splits: Splits,
+    arm: str,
+    kind: str,
+    fleet: int,
+    build: Callable[[Sequence[Replica], Engine], Fleet],
+) -> Choice:
+    """Time the engines on an arm's own steps, or recall what was found before.
+
+    A trace that does something else than the module is not taken: it knows the operations of one
+    step, and a module may do others in the next.
+
+    Compiling takes as long as thousands of steps of a small network. It is tried where it would be
+    paid back if it halved what is left to do.
+
+    Args:
+        recipe: What is trained.
+        splits: On what.
+        arm: Which arm.
+        kind: A name of `ENGINES`; if not `auto`, only the code is chosen.
+        fleet: Replicas of the arm.
+        build: Makes a fleet.
+    """
+    memory = cache_folder() / "engines" / f"{_digest(recipe, splits, arm, kind, fleet)}.json"
+    try:
+        recalled = json.loads(memory.read_text("utf-8"))
+        return Choice(arm, Engine(*recalled["engine"]), recalled["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # Nothing there, or nothing that can be read: it is timed anew.
+    seconds: dict[Engine, float] = {}
+
+    def time(engine: Engine) -> None:
+        width = min(fleet, _STACK) if engine.kind == "stacked" else 1
+        replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
+        try:
+            if engine.code != "eager" and not build(replicas, engine).agrees_with_the_module():
+                return
+            seconds[engine] = build(replicas, engine).time_step(_STEPS)
+        except InputError:
+            raise
+        except Exception:  # Tracing and compiling fail in many ways: this engine is not for it.
+            return
+
+    if kind != "stacked":
+        time(Engine("looped", "traced"))
+    if kind == "stacked" or (kind == "auto" and fleet > 1):
+        time(Engine("stacked", "traced"))
+    if not seconds:
+        time(Engine("looped", "eager"))
+    else:
+        left = (
+            recipe.epochs
+            * recipe.steps_per_epoch(splits.size("train"))
+            * fleet
+            / (os.cpu_count() or 1)
+        )
+        if min(seconds.values()) * left / 2 > _COMPILATION:
+            # A stack on a CPU gains little more where operations cost nothing to call.
+            time(Engine("stacked" if kind == "stacked" else "looped", "compiled"))
+    best = min(seconds, key=seconds.__getitem__, default=Engine("looped", "eager"))
+    choice = Choice(arm, best, {str(engine): took for engine, took in seconds.items()})
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    replace(memory, json.dumps({"engine": best, "seconds": choice.seconds}))
+    return choice
+
+
+def check_engine(name: str) -> None:
+    """Refuse a name that is no engine's.
+
+    Raises:
+        InputError: With what is known.
+    """
+    if name not in ENGINES:
+        raise InputError(
+            f"unknown engine {name!r}{did_you_mean(name, ENGINES)}: known are {', '.join(ENGINES)}"
+        )
+
+
+def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> str:
+    facts: list[Any] = [
+        *(recipe.model_dump(mode="json", include=set(Recipe.model_fields)).items()),
+        tuple(splits.dataset.images.shape),
+        (arm, kind, fleet),
+        (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,454 @@
+"""A fleet: replicas of one arm, trained side by side by one program.
+
+Every replica keeps its own first values, learning rate, order of the data and dropout masks. None
+of its numbers depends on the replicas beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from normlab.data import Splits, scale
+from normlab.errors import NormlabError
+from normlab.files import replace
+from normlab.layers import draw_dropout_from
+from normlab.streams import stream
+from normlab.training import optimizers, program
+from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
+
+__all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
+
+EVALUATION_BATCH = 2000
+
+
+class Engine(NamedTuple):
+    """How the steps of a fleet are done.
+
+    Attributes:
+        kind: `looped`, one replica after another, or `stacked`, all in one operation.
+        code: `compiled` to machine code, `traced` and replayed, or `eager`, the module itself.
+    """
+
+    kind: Literal["looped", "stacked"]
+    code: Literal["compiled", "traced", "eager"]
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.code}"
+
+
+PLAIN_ENGINE = Engine("looped", "traced")
+
+
+class Fleet:
+    """The state of a fleet, and its next steps.
+
+    Args:
+        networks: One for each replica, of the same build, with their first values. Their values
+            are left alone; the first serves to run the fleet, and changes its mode.
+        replicas: Which they are.
+        recipe: What they have in common.
+        splits: What they are trained and evaluated on.
+        engine: How.
+        passes: Those made for other fleets of this recipe, by what they depend on; added to.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        replicas: Sequence[Replica],
+        recipe: Recipe,
+        splits: Splits,
+        engine: Engine,
+        passes: dict[Any, program.Pass] | None = None,
+    ) -> None:
+        self._passes = {} if passes is None else passes
+        self.replicas, self.recipe, self.splits, self.engine = replicas, recipe, splits, engine
+        self.step, self.seconds = 0, 0.0
+        self.events: list[Measurement | Outcome] = []
+        self.network = networks[0]
+        self._names = [name for name, _ in self.network.named_parameters()]
+        self._buffer_names = [name for name, _ in self.network.named_buffers()]
+        named = [(dict(each.named_parameters()), dict(each.named_buffers())) for each in networks]
+        self._parameters = [torch.stack([p[n].detach() for p, _ in named]) for n in self._names]
+        self._buffers = [torch.stack([b[n] for _, b in named]) for n in self._buffer_names]
+        self._orders = [stream(each.seed, "order") for each in replicas]
+        self._dropouts = []
+        for network, replica in zip(networks, replicas, strict=True):
+            draw_dropout_from(stream(replica.seed, "dropout"), network)
+            self._dropouts.append(program.dropouts_of(network))
+        self._losses = torch.zeros(len(replicas))
+        self._build()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self.recipe.steps_per_epoch(self.splits.size("train"))
+
+    @property
+    def alive(self) -> list[int]:
+        """Which replicas are still trained: those without an outcome."""
+        ended = {event.replica for event in self.events if isinstance(event, Outcome)}
+        return [r for r, replica in enumerate(self.replicas) if replica not in ended]
+
+    def state(self, replica: int) -> dict[str, Tensor]:
+        """Return a replica's parameters and buffers, by their names in the network."""
+        values = [*self._parameters, *self._buffers]
+        names = [*self._names, *self._buffer_names]
+        return {name: value[replica] for name, value in zip(names, values, strict=True)}
+
+    def train(self, checkpoint: Path | None = None) -> Iterator[Measurement | Outcome]:
+        """Train to the end, yielding measurements and outcomes.
+
+        Args:
+            checkpoint: Where the state is kept after every epoch. If it is there already, training
+                goes on from it, and what was measured before is yielded again.
+
+        Raises:
+            NormlabError: The checkpoint is not one of this fleet, or cannot be written.
+        """
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+            yield from self.events
+        every, last = self.recipe.evaluate_every, self.recipe.epochs * self.steps_per_epoch
+        while self.step < last and self.alive:
+            started = time.perf_counter()
+            epoch_ends = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            stop = min(epoch_ends, (self.step // every + 1) * every) if every else epoch_ends
+            self._advance(stop)
+            events = self._look()
+            self.events += events
+            self.seconds += time.perf_counter() - started
+            yield from events
+            if checkpoint is not None and self.step == epoch_ends and self.step < last:
+                self._save(checkpoint)
+        share = self.seconds / len(self.replicas)
+        ends: list[Measurement | Outcome] = [
+            Outcome(self.replicas[r], "done", self.step, share) for r in self.alive
+        ]
+        self.events += ends
+        yield from ends
+
+    def time_step(self, steps: int, rounds: int = 3) -> float:
+        """Return the seconds that a replica's step takes: in the best of some rounds of steps.
+
+        The fleet is moved by it, and of no other use afterwards.
+        """
+        self._advance(self.step + 1)
+        best = math.inf
+        for _ in range(rounds):
+            started = time.perf_counter()
+            self._advance(self.step + steps)
+            best = min(best, time.perf_counter() - started)
+        return best / (steps * len(self.replicas))
+
+    def agrees_with_the_module(self, steps: int = 3) -> bool:
+        """Tell whether the pass returns what the module itself does, on some batches in turn."""
+        size = self.recipe.batch_size
+        run, module = self._pass_for(size), self._make_pass(size, "eager")
+        one, other = ([each.clone() for each in self._example(size)[2:]] for _ in range(2))
+        images, labels = self.splits.dataset.images, self.splits.dataset.labels
+        train = self.splits.indices["train"]
+        for step in range(steps):
+            batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
+            one[-1], other[-1] = batch.expand_as(one[-1]), batch.expand_as(one[-1])
+            found, expected = run([images, labels, *one]), module([images, labels, *other])
+            for a, b in zip([*found, *one], [*expected, *other], strict=True):
+                if not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
+                    return False
+        return True
+
+    # ------------------------------------------------------------------------ steps
+
+    def _build(self) -> None:
+        """Make the pass, and lay parameters out as their gradients are, for one sweep over both."""
+        self.network.train()
+        images, labels = self.splits.dataset.images, self.splits.dataset.labels
+        example = self._example(self.recipe.batch_size)
+        once = program.make(
+            copy.deepcopy(self.network), self._width, self.recipe.scaling, example, "eager"
+        )
+        _, *gradients = once([each.clone() for each in example])
+        strides = [g.stride()[self._is_stacked :] for g in gradients]
+        self._parameters = [_laid_out(p, s) for p, s in zip(self._parameters, strides, strict=True)]
+        self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
+        self._optimizer = optimizers.make(
+            self.recipe, self._parameters, [replica.lr for replica in self.replicas]
+        )
+        self._state = [*self._parameters, *self._buffers]
+        self._inputs = [
+            [images, labels, *(each[r] for each in self._state)] for r in range(len(self.replicas))
+        ]
+        if self._is_stacked:
+            self._inputs = [[images, labels, *self._state]]
+        self._shuffled = torch.empty(
+            len(self.replicas), self.splits.size("train"), dtype=torch.int64
+        )
+
+    @property
+    def _is_stacked(self) -> bool:
+        return self._width > 1
+
+    @property
+    def _width(self) -> int:
+        return len(self.replicas) if self.engine.kind == "stacked" else 1
+
+    def _example(self, batch_size: int) -> list[Tensor]:
+        """Return tensors like those that a pass takes."""
+        images, labels = self.splits.dataset.images, self.splits.dataset.labels
+        batch = torch.zeros(batch_size, dtype=torch.int64)
+        state = [*self._parameters, *self._buffers]
+        masks = [torch.ones_like(mask) for mask in self._dropped(batch)]
+        if not self._is_stacked:
+            return [images, labels, *(each[0] for each in state), *masks, batch]
+        return [
+            images,
+            labels,
+            *state,
+            *(torch.stack([each] * self._width) for each in (*masks, batch)),
+        ]
+
+    def _dropped(self, batch: Tensor) -> list[Tensor]:
+        x = scale(self.splits.dataset.images[batch], self.recipe.scaling)
+        return program.dropped(self.network, x.to(self._parameters[0].dtype))
+
+    def _pass_for(self, batch_size: int) -> program.Pass:
+        """Return the pass for batches of a size; only the usual one is worth compiling."""
+        key = (self.replicas[0].arm, self.engine, self._width, batch_size)
+        if key not in self._passes:
+            rare = batch_size != self.recipe.batch_size and self.engine.code == "compiled"
+            self._passes[key] = self._make_pass(batch_size, "traced" if rare else self.engine.code)
+        return self._passes[key]
+
+    def _make_pass(self, batch_size: int, code: str) -> program.Pass:
+        example = self._example(batch_size)
+        return program.make(self.network, self._width, self.recipe.scaling, example, code)
+
+    def _advance(self, stop: int) -> None:
+        """Take steps, all of one epoch."""
+        if self.step % self.steps_per_epoch == 0:
+            train = self.splits.indices["train"]
+            for r in self.alive:
+                self._shuffled[r] = train[torch.randperm(len(train), generator=self._orders[r])]
+        self.network.train()
+        if self._is_stacked:
+            self._advance_all(stop)
+        else:
+            # One after another: a replica's state stays in the cache for all of its steps.
+            for r in self.alive:
+                self._advance_one(r, stop)
+        self.step = stop
+
+    def _advance_one(self, r: int, stop: int) -> None:
+        losses = []
+        shuffled, dropouts = self._shuffled[r], self._dropouts[r]
+        for run, start, end in self._batches(stop):
+            batch = shuffled[start:end]
+            masks = [
+                dropout.draw(like[: end - start])
+                for dropout, like in zip(dropouts, self._masked, strict=True)
+            ]
+            loss, *gradients = run([*self._inputs[r], *masks, batch])
+            self._optimizer.step(r, gradients)
+            losses.append(loss)
+        self._losses[r] += torch.stack(losses).sum()
+
+    def _advance_all(self, stop: int) -> None:
+        for run, start, end in self._batches(stop):
+            batch = self._shuffled[:, start:end].contiguous()
+            masks = [
+                torch.stack(
+                    [dropouts[place].draw(like[: end - start]) for dropouts in self._dropouts]
+                )
+                for place, like in enumerate(self._masked)
+            ]
+            losses, *gradients = run([*self._inputs[0], *masks, batch])
+            self._optimizer.step_all(gradients)
+            self._losses += losses
+
+    def _batches(self, stop: int) -> Iterator[tuple[program.Pass, int, int]]:
+        """Yield the pass and the place of each batch in the shuffled epoch."""
+        size, total = self.recipe.batch_size, self.splits.size("train")
+        for step in range(self.step, stop):
+            start = step % self.steps_per_epoch * size
+            end = min(start + size, total)
+            yield self._pass_for(end - start), start, end
+
+    # ------------------------------------------------------------------- evaluation
+
+    def _look(self) -> list[Measurement | Outcome]:
+        """Evaluate on every split; a replica without finite numbers has diverged."""
+        finite = self._losses.isfinite().tolist()
+        looked_at = [r for r in self.alive if finite[r]]
+        values: dict[int, dict[tuple[str, str], float]] = {r: {} for r in looked_at}
+        for split, indices in self.splits.indices.items():
+            found = self.evaluate(looked_at, indices)
+            for r, (loss, accuracy) in zip(looked_at, found, strict=True):
+                values[r] |= {(split, "loss"): loss, (split, "accuracy"): accuracy}
+        events: list[Measurement | Outcome] = []
+        for r in self.alive:
+            replica, seen = self.replicas[r], values.get(r, {})
+            if seen and all(map(math.isfinite, seen.values())):
+                epoch = self.step // self.steps_per_epoch
+                events.append(Measurement(replica, self.step, epoch, seen))
+            else:
+                share = self.seconds / len(self.replicas)
+                events.append(Outcome(replica, "diverged", self.step, share))
+        return events
+
+    def evaluate(self, replicas: Sequence[int], indices: Tensor) -> list[tuple[float, float]]:
+        """Return the mean cross-entropy and the accuracy of replicas, in eval mode.
+
+        Args:
+            replicas: Which of the fleet's.
+            indices: Of images, int64.
+        """
+        self.network.eval()
+        states = [self.state(r) for r in replicas]
+        networks = [partial(functional_call, self.network, state) for state in states]
+        dataset, dtype = self.splits.dataset, self._parameters[0].dtype
+        return evaluate(
+            networks, dataset.images, dataset.labels, indices, self.recipe.scaling, dtype
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        told = {"step": self.step, "seconds": self.seconds, "engine": str(self.engine)}
+        events = [_to_json(event) for event in self.events]
+        kept = {name: tensor.contiguous() for name, tensor in self._kept().items()}
+        try:
+            replace(path, save(kept, {"fleet": json.dumps({**told, "events": events})}))
+        except OSError as error:
+            raise NormlabError(
+                f"{path} cannot be written ({error.strerror}); what was measured before is kept: "
+                "make room, and run the same command again"
+            ) from None
+
+    def _load(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        kept = self._kept()
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads(file.metadata()["fleet"])
+                found = {name: file.get_tensor(name) for name in kept}
+            if told["engine"] != str(self.engine):
+                raise ValueError(f"it was made by another engine, {told['engine']}")
+            events = [_from_json(event) for event in told["events"]]
+            for name, tensor in kept.items():
+                tensor.copy_(found[name])
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise NormlabError(
+                f"{path} is no checkpoint of this run ({error}): remove it to train anew"
+            ) from None
+        self.step, self.seconds, self.events = told["step"], told["seconds"], events
+        for r in range(len(self.replicas)):
+            self._orders[r].set_state(kept[f"order.{r}"])
+            for dropout in self._dropouts[r][:1]:  # All of a replica draw from one generator.
+                if dropout.generator is not None:
+                    dropout.generator.set_state(kept[f"dropout.{r}"])
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Return all that the next steps depend on, by name."""
+        kept = {f"state.{i}": each for i, each in enumerate(self._state)}
+        kept |= {f"optimizer.{i}": each for i, each in enumerate(self._optimizer.state)}
+        for r, order in enumerate(self._orders):
+            kept[f"order.{r}"] = order.get_state()
+            for dropout in self._dropouts[r][:1]:
+                if dropout.generator is not None:
+                    kept[f"dropout.{r}"] = dropout.generator.get_state()
+        return {**kept, "losses": self._losses}
+
+
+@torch.no_grad()
+def evaluate(
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    images: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    scaling: str,
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[float, float]]:
+    """Return the mean cross-entropy and the accuracy of several networks on the same images.
+
+    Args:
+        networks: In eval mode; each turns images into logits.
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+        indices: Which of the N, int64.
+        scaling: As `normlab.data.scale` takes it.
+        dtype: Of the networks.
+    """
+    loss = torch.zeros(len(networks), dtype=torch.float64)
+    correct = torch.zeros(len(networks), dtype=torch.float64)
+    for batch in indices.split(EVALUATION_BATCH):
+        x, y = scale(images[batch], scaling).to(dtype), labels[batch]
+        for i, network in enumerate(networks):
+            logits = network(x)
+            loss[i] += F.cross_entropy(logits, y, reduction="sum")
+            correct[i] += (logits.argmax(1) == y).sum()
+    n = len(indices)
+    return list(zip((loss / n).tolist(), (correct / n).tolist(), strict=True))
+
+
+def train(
+    network: nn.Module,
+    replica: Replica,
+    recipe: Recipe,
+    splits: Splits,
+    engine: Engine = PLAIN_ENGINE,
+) -> Iterator[Measurement | Outcome]:
+    """Train one network in place, yielding each measurement as it is made and the outcome.
+
+    Args:
+        network: With its first values; it has its last ones when the iterator ends.
+        replica: Learning rate and seed.
+        recipe: All the rest.
+        splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
+        engine: How the steps are done.
+    """
+    fleet = Fleet([network], [replica], recipe, splits, engine)
+    yield from fleet.train()
+    trained = fleet.state(0)
+    with torch.no_grad():
+        for name, value in (*network.named_parameters(), *network.named_buffers()):
+            value.copy_(trained[name])
+    network.train()
+
+
+def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return a stacked parameter whose replicas have the given strides."""
+    outer = parameter[0].numel()
+    return torch.empty_strided(parameter.shape, (outer, *strides), dtype=parameter.dtype).copy_(
+        parameter
+    )
+
+
+def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
+    if isinstance(event, Outcome):
+        return {"outcome": event}
+    values = [[split, metric, value] for (split, metric), value in event.values.items()]
+    return {"measurement": event[:3], "values": values}
+
+
+def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
+    if "outcome" in event:
+        replica, status, step, seconds = event["outcome"]
+        return Outcome(Replica(*replica), status, step, seconds)
+    replica, step, epoch = event["measurement"]
+    values = {(split, metric): value for split, metric, value in event["values"]}
+    return Measurement(Replica(*replica), step, epoch, values)

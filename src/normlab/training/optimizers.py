@@ -1,0 +1,133 @@
+"""Optimizers of many replicas: torch's fused kernels, without the bookkeeping around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from normlab.training.recipe import Recipe
+
+__all__ = ["Optimizer", "make"]
+
+
+class Optimizer(Protocol):
+    """Moves stacked parameters along their gradients.
+
+    The state is stacked along the replicas as the parameters are, and lies in memory as they do.
+    """
+
+    state: list[Tensor]
+
+    def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
+        """Move one replica; gradients without a first axis for it."""
+
+    def step_all(self, gradients: Sequence[Tensor]) -> None:
+        """Move all of them."""
+
+
+def make(recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]) -> Optimizer:
+    """Return the optimizer of a recipe.
+
+    Args:
+        recipe: Names it, with momentum and weight decay.
+        parameters: Each of shape (R, …); moved in place.
+        rates: The R learning rates.
+    """
+    return (_SGD if recipe.optimizer == "sgd" else _Adam)(recipe, parameters, rates)
+
+
+class _Columns(NamedTuple):
+    """What a fused kernel takes: lists with a tensor for each parameter."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    moments: list[list[Tensor]]
+    steps: list[Tensor]
+
+
+class _Stacked:
+    """What both have in common: a replica's own tensors, and the replicas that share a rate."""
+
+    def __init__(
+        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float], moments: int
+    ) -> None:
+        self.recipe, self.rates = recipe, rates
+        self.steps = torch.zeros(len(rates))
+        self.moments = [[torch.zeros_like(p) for p in parameters] for _ in range(moments)]
+        self.state = [self.steps, *(each for moment in self.moments for each in moment)]
+        self._whole = _Columns(
+            list(parameters), [], self.moments, [self.steps[0]] * len(parameters)
+        )
+        self._each = [
+            _Columns(
+                [each[r] for each in parameters],
+                [],
+                [[each[r] for each in moment] for moment in self.moments],
+                [self.steps[r]] * len(parameters),
+            )
+            for r in range(len(rates))
+        ]
+
+    def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
+        self.steps[replica] += 1
+        columns = self._each[replica]._replace(gradients=list(gradients))
+        self._move(columns, self.rates[replica])
+
+    def step_all(self, gradients: Sequence[Tensor]) -> None:
+        if len(set(self.rates)) > 1:
+            for replica in range(len(self.rates)):
+                self.step(replica, [each[replica] for each in gradients])
+            return
+        self.steps += 1
+        self._move(self._whole._replace(gradients=list(gradients)), self.rates[0])
+
+    def _move(self, columns: _Columns, lr: float) -> None:
+        raise NotImplementedError
+
+
+class _SGD(_Stacked):
+    def __init__(
+        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]
+    ) -> None:
+        super().__init__(recipe, parameters, rates, moments=1 if recipe.momentum else 0)
+
+    def _move(self, columns: _Columns, lr: float) -> None:
+        torch._fused_sgd_(
+            columns.parameters,
+            columns.gradients,
+            columns.moments[0] if columns.moments else [],
+            weight_decay=self.recipe.weight_decay,
+            momentum=self.recipe.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,  # Without dampening that is a step from a velocity of zero.
+        )
+
+
+class _Adam(_Stacked):
+    def __init__(
+        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]
+    ) -> None:
+        super().__init__(recipe, parameters, rates, moments=2)
+
+    def _move(self, columns: _Columns, lr: float) -> None:
+        torch._fused_adam_(
+            columns.parameters,
+            columns.gradients,
+            columns.moments[0],
+            columns.moments[1],
+            [],
+            columns.steps,
+            lr=lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=self.recipe.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )

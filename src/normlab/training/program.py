@@ -1,0 +1,176 @@
+"""A network's forward and backward pass as a function of tensors alone, traced once.
+
+A training step in eager torch spends most of its time in modules, autograd and the optimizer's
+bookkeeping. A program has none of these: the operations of the pass are recorded once, for one
+replica or for several stacked along a new first axis, and replayed, or compiled to machine code.
+The module is called as it is and need not know.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from normlab.data import scale
+from normlab.layers import Dropout
+
+__all__ = ["Pass", "cache_folder", "dropouts_of", "dropped", "make"]
+
+Pass = Callable[[list[Tensor]], Sequence[Tensor]]
+"""Takes a list of images, labels, parameters, buffers, dropout masks and indices; moves the
+buffers; returns losses and gradients."""
+
+
+class _Pass(nn.Module):
+    """The pass of `width` replicas, to be traced."""
+
+    def __init__(self, network: nn.Module, width: int, scaling: str) -> None:
+        super().__init__()
+        self.network, self.width, self.scaling = (network,), width, scaling  # Not a submodule.
+        self.parameter_names = [name for name, _ in network.named_parameters()]
+        self.buffer_names = [name for name, _ in network.named_buffers()]
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        images, labels, *rest, indices = tensors
+        split = len(self.parameter_names), len(self.parameter_names) + len(self.buffer_names)
+        parameters = [each.detach().requires_grad_() for each in rest[: split[0]]]
+        buffers, masks = rest[split[0] : split[1]], rest[split[1] :]
+        x = scale(images[indices], self.scaling).to(parameters[0].dtype)
+        y = labels[indices]
+        with torch.enable_grad():
+            one = self._loss if self.width == 1 else vmap(self._loss)
+            losses = one(parameters, buffers, masks, x, y)
+            gradients = torch.autograd.grad(losses.sum(), parameters)
+        return [losses.detach(), *gradients]
+
+    def _loss(
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        masks: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        (network,) = self.network
+        state = dict(zip(self.parameter_names, parameters, strict=True))
+        state |= dict(zip(self.buffer_names, buffers, strict=True))
+        dropouts = dropouts_of(network)
+        try:
+            for dropout, mask in zip(dropouts, masks, strict=True):
+                dropout.mask = mask
+            logits = functional_call(network, state, (x,))
+        finally:
+            for dropout in dropouts:
+                dropout.mask = None
+        return F.cross_entropy(logits, y)
+
+
+def make(
+    network: nn.Module, width: int, scaling: str, tensors: Sequence[Tensor], code: str
+) -> Pass:
+    """Return the pass of `width` replicas.
+
+    Args:
+        network: In training mode; neither it nor `tensors` are changed.
+        width: Replicas; with more than one, all tensors but images and labels have them as their
+            first axis.
+        scaling: A key of `normlab.data.SCALINGS`.
+        tensors: Examples of what the pass takes.
+        code: `eager` to call the module anew every time, `traced` to replay the operations that it
+            did once, `compiled` to have them compiled to machine code.
+
+    Raises:
+        Exception: The network cannot be traced or compiled; torch has many ways to say so.
+    """
+    eager = _Pass(network, width, scaling)
+    if code == "eager":
+        return lambda tensors: eager(*tensors)
+    traced = make_fx(eager, tracing_mode="fake")(*tensors)
+    for node in traced.graph.nodes:  # Autograd detaches what it saves, which nobody asks for here.
+        if node.op == "call_function" and node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    if code == "compiled":
+        return _compiled(traced, tensors)
+
+    def replay(tensors: list[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            replayed: Sequence[Tensor] = traced(*tensors)
+        return replayed
+
+    return replay
+
+
+def _compiled(traced: Any, tensors: Sequence[Tensor]) -> Pass:
+    """Compile a traced pass, or find it compiled.
+
+    What was compiled is kept in the user's cache folder by a digest of the graph, the versions and
+    the processor, and is compiled once, however many processes ask.
+    """
+    path = cache_folder() / "programs" / f"{_digest(traced, tensors)}.pt2"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own serialization.
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}.pt2")
+            with torch.no_grad():
+                exported = torch.export.export(traced, tuple(tensors), strict=False)
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
+            partial.replace(path)
+        loaded: Any = torch._inductor.aoti_load_package(str(path))
+    run: Pass = loaded.loader.run
+    return run
+
+
+def cache_folder() -> Path:
+    """Return where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normlab"
+
+
+def _digest(traced: Any, tensors: Sequence[Tensor]) -> str:
+    facts = [
+        traced.print_readable(print_output=False),
+        *(f"{each.dtype} {tuple(each.shape)} {each.stride()}" for each in tensors),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def dropouts_of(network: nn.Module) -> list[Dropout]:
+    """Return the dropout layers that draw masks in training."""
+    return [each for each in network.modules() if isinstance(each, Dropout) and each.p > 0]
+
+
+def dropped(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return what each layer of `dropouts_of` gets to see of a batch, in their order."""
+    network = copy.deepcopy(network)
+    seen: dict[int, Tensor] = {}
+    dropouts = dropouts_of(network)
+
+    def watch(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[place] = inputs[0].detach()
+
+        return see
+
+    for place, dropout in enumerate(dropouts):
+        dropout.generator = torch.Generator()
+        dropout.register_forward_pre_hook(watch(place))
+    if dropouts:
+        network(x)
+    return [seen[place] for place in range(len(dropouts))]
