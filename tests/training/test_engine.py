@@ -35,7 +35,7 @@ PLAIN, BOTH = Replica("plain", 1e-3, 0), Replica("batch+dropout:0.5", 1e-3, 0)
 
 def run_replicas(recipe, replicas, workers=1, **options):
     """With the engine chosen beforehand, so that nothing is timed."""
-    chosen = {replica.arm: Engine("looped", "traced") for replica in replicas}
+    chosen = {each.arm: Choice(each.arm, Engine("looped", "traced"), {}) for each in replicas}
     return engine.run_replicas(recipe, replicas, workers, **{"chosen": chosen, **options})
 
 
@@ -284,7 +284,7 @@ def test_engines_are_timed_once_and_remembered(monkeypatch):
     assert again == first
     assert told(same) == told(rest)
     (forced, *_) = engine.run_replicas(
-        recipe, replicas, chosen={"batch": Engine("stacked", "traced")}
+        recipe, replicas, chosen={"batch": Choice("batch", Engine("stacked", "traced"), {})}
     )
     assert isinstance(forced, Measurement)
 
@@ -305,8 +305,8 @@ def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(mon
     monkeypatch.setattr("normlab.training.choice._COMPILATION", 0.0)
     (first, *_) = engine.run_replicas(recipe, replicas, engine="looped")
     assert first.seconds.keys() == {"looped, traced", "looped, compiled"}
-    compiled = dict.fromkeys(["batch+dropout:0.5"], Engine("looped", "compiled"))
-    fast = told(engine.run_replicas(recipe, replicas, chosen=compiled))
+    compiled = Choice(first.arm, Engine("looped", "compiled"), {})
+    fast = told(engine.run_replicas(recipe, replicas, chosen={first.arm: compiled}))
     slow = told(run_replicas(recipe, replicas))
     for replica in replicas:
         measured, expected = fast[replica][0].values, slow[replica][0].values
@@ -352,12 +352,12 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         textwrap.dedent(
             """
             import multiprocessing
-            from normlab.training import Engine, Measurement, Recipe, Replica, run_replicas
+            from normlab.training import Choice, Engine, Measurement, Recipe, Replica, run_replicas
 
             if __name__ == "__main__":
                 recipe = Recipe(validation=59000, epochs=10_000)
                 replicas = [Replica("plain", 1e-3, seed) for seed in (0, 1)]
-                chosen = {"plain": Engine("looped", "traced")}
+                chosen = {"plain": Choice("plain", Engine("looped", "traced"), {})}
                 events = run_replicas(recipe, replicas, workers=2, chosen=chosen)
                 while not isinstance(next(events), Measurement):
                     pass

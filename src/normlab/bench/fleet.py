@@ -3,9 +3,12 @@
 Every peer trains the same network from the same first values on the same batches, with torch's own
 layers. A call makes a span of steps in the middle of an epoch; the peers take turns at calls, and
 what a call takes is scaled to seconds per replica and epoch. Each piece of work is measured in a
-process of its own, whose C library keeps freed memory. The tutorials' loop gains from that too,
-where its blocks are large (LeNet's are), and is then faster than where it was written; so do the
-batches that its loader has ready when its turn comes, four of `2 * STEPS`.
+process of its own, whose C library keeps freed memory. The tutorials' loop gains from that where
+its blocks are large (LeNet's are); it also gains the four batches of its `2 * STEPS` that its
+loader has ready when its turn comes. Both make it look faster than it is where it was written.
+
+Measure on a machine that does nothing else. torch's threads wait for each other by spinning: with
+one of two cores taken, small steps were seen to take a hundred times as long.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ __all__ = ["WORKS", "FleetBenchmark", "Peer", "Row", "Work", "bench_fleet", "pee
 
 STEPS = 50
 REPLICAS = 10
+_NEEDED = {"tutorial": ("pillow", "PIL"), "jax": ("jax", "jax")}
+"""What peers need that normlab does not: a package, and its module."""
 _EPOCHS = 1000  # More than are ever measured, so that the tutorials' loader starts once.
 
 Peer = tuple[Callable[[], object], float]
@@ -248,7 +253,11 @@ def bench_fleet(
     for work in works:
         with Workers(1) as workers:  # A new one each, so that no work inherits another's threads.
             rows.append(workers.submit(_measure, work, seconds, fleets or {}, compiled).result())
-    extras = {name: version(name) for name in ("jax", "pillow") if _missing(name) is None}
+    extras = {
+        package: version(package)
+        for peer, (package, _) in _NEEDED.items()
+        if peer not in _missing()
+    }
     return FleetBenchmark(rows, versions() | extras, machine())
 
 
@@ -270,21 +279,20 @@ def peers(*, compiled: bool = True) -> dict[str, Callable[[Work], Peer]]:
     return makers
 
 
-def _missing(peer: str) -> str | None:
-    """Return why a peer cannot be measured, None if it can."""
-    module, extra = {"tutorial": ("PIL", "Pillow"), "pillow": ("PIL", "Pillow")}.get(
-        peer, (peer, "JAX")
-    )
-    if peer in ("tutorial", "pillow", "jax") and find_spec(module) is None:
-        return f"{extra} is not installed: pip install 'normlab[bench]'"
-    return None
+def _missing() -> dict[str, str]:
+    """Return the peers that cannot be measured, and why."""
+    return {
+        peer: f"{package} is not installed: pip install 'normlab[bench]'"
+        for peer, (package, module) in _NEEDED.items()
+        if find_spec(module) is None
+    }
 
 
 def _measure(
     work: Work, seconds: float, fleets: Mapping[str, Callable[[Work], Peer]], compiled: bool
 ) -> Row:
     makers = {**peers(compiled=compiled), **fleets}
-    skipped = {name: reason for name in makers if (reason := _missing(name))}
+    skipped = _missing()
     startup = math.nan if "tutorial" in skipped else _startup(work)
     made = {name: maker(work) for name, maker in makers.items() if name not in skipped}
     losses: dict[str, list[float]] = {}
@@ -518,7 +526,7 @@ def _convolution(x: Tensor, weight: Tensor, y: Tensor, first: bool) -> Callable[
 def jax_fleet(work: Work, *, replicas: int = REPLICAS) -> Peer:
     """Train replicas in JAX: `jit` of `scan` over steps of `vmap` over replicas.
 
-    On a CPU, XLA runs convolutions ten times slower inside a loop and twice slower stacked, so a
+    On a CPU, XLA runs convolutions several times slower inside a loop, and slower stacked, so a
     network that has any is trained in the form that is fastest in JAX: one replica, a program a
     step.
     """
@@ -605,6 +613,9 @@ def jax_trainer(work: Work) -> Any:
         def fleet_step(state: Any, batch: Any) -> Any:
             return jax.vmap(step, in_axes=(0, 0, None, None))(state, batch, images, labels)
 
+        if len(batches) == 1:  # XLA would make a loop even of one.
+            state, losses = fleet_step(state, batches[0])
+            return state, losses[None]
         return jax.lax.scan(fleet_step, state, batches)
 
     return jax.jit(train, donate_argnums=0)

@@ -245,10 +245,13 @@ class Ledger:
         rows = self._connection.execute("SELECT arm, lr, seed FROM replica")
         return {Replica(*row) for row in rows}
 
-    def engines(self) -> dict[str, Engine]:
+    def choices(self) -> dict[str, Choice]:
         """Return the engines that were chosen, by arm."""
-        rows = self._connection.execute("SELECT arm, kind, code FROM engine")
-        return {arm: Engine(kind, code) for arm, kind, code in rows}
+        rows = self._connection.execute("SELECT arm, kind, code, seconds FROM engine")
+        return {
+            arm: Choice(arm, Engine(kind, code), json.loads(seconds))
+            for arm, kind, code, seconds in rows
+        }
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return a table's rows in the order of its key.

@@ -68,7 +68,7 @@ def run(
             study.replicas,
             workers,
             engine=engine,
-            chosen=ledger.engines(),
+            chosen=ledger.choices(),
             finished=finished,
             folder=folder / "checkpoints",
         )

@@ -23,7 +23,7 @@ __all__ = ["ENGINES", "Choice", "choose"]
 ENGINES = ("auto", "looped", "stacked")
 _STEPS = 20
 _COMPILATION = 25.0  # Seconds; what it takes differs by a factor of two between machines.
-_STACK = 10
+_STACK = 5
 
 
 class Choice(NamedTuple):
@@ -38,6 +38,11 @@ class Choice(NamedTuple):
     arm: str
     engine: Engine
     seconds: dict[str, float]
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a replica's step; 0 if it was not timed."""
+        return self.seconds.get(str(self.engine), 0.0)
 
 
 def choose(

@@ -28,7 +28,7 @@ __all__ = ["Event", "run_replicas"]
 Event = Choice | Measurement | Outcome
 
 _LOOPED_UNIT = 3  # Replicas: enough to share what evaluation reads, few enough to share out evenly.
-_STACKED_UNIT = 10
+_STACKED_UNIT = 5
 
 
 class Unit(NamedTuple):
@@ -45,7 +45,7 @@ def run_replicas(
     workers: int = 1,
     *,
     engine: str = "auto",
-    chosen: Mapping[str, Engine] | None = None,
+    chosen: Mapping[str, Choice] | None = None,
     finished: frozenset[Replica] = frozenset(),
     folder: Path | None = None,
 ) -> Generator[Event, None, None]:
@@ -59,7 +59,7 @@ def run_replicas(
         replicas: All of the study.
         workers: Processes to train in; with 1, this process.
         engine: `looped`, `stacked`, or `auto` to time both for each arm.
-        chosen: Engines of arms that were chosen before.
+        chosen: What was chosen for arms before.
         finished: Replicas that need no training, of which nothing is yielded.
         folder: Where checkpoints are kept; made if need be, and empty at the end.
 
@@ -76,7 +76,7 @@ def run_replicas(
     undecided = [(arm, engine, len(fleets[arm])) for arm in arms if arm not in choices]
     with _team(recipe, workers) as team:
         for choice in team.run(_choose, undecided):
-            choices[choice.arm] = choice.engine
+            choices[choice.arm] = choice
             yield choice
         units = [
             unit
@@ -98,37 +98,34 @@ def run_replicas(
 
 def _units(
     fleets: Mapping[str, Sequence[Replica]],
-    choices: Mapping[str, Engine],
+    choices: Mapping[str, Choice],
     workers: int,
     folder: Path | None,
 ) -> list[Unit]:
-    """Cut fleets into units of about equal size; arms take turns.
+    """Cut fleets into units of about equal size; the slowest come first, so that none is left over.
 
     A stack is cut in the same way whatever the workers and whatever is done already, because its
     numbers may depend, in their last bits, on its size.
     """
-    by_arm = []
+    units = []
     for number, (arm, fleet) in enumerate(fleets.items()):
         if arm not in choices:
             continue  # All of it is finished.
-        if choices[arm].kind == "stacked":
+        if choices[arm].engine.kind == "stacked":
             parts = -(-len(fleet) // _STACKED_UNIT)
         else:
             enough = -(-workers // len(fleets))
             parts = max(-(-len(fleet) // _LOOPED_UNIT), min(enough, len(fleet)))
         cuts = [len(fleet) * part // parts for part in range(parts + 1)]
-        by_arm.append(
-            [
-                Unit(
-                    tuple(fleet[start:stop]),
-                    choices[arm],
-                    folder / f"{number}-{start}-{stop}.safetensors" if folder else None,
-                )
-                for start, stop in pairwise(cuts)
-            ]
-        )
-    longest = max(map(len, by_arm), default=0)
-    return [units[i] for i in range(longest) for units in by_arm if i < len(units)]
+        units += [
+            Unit(
+                tuple(fleet[start:stop]),
+                choices[arm].engine,
+                folder / f"{number}-{start}-{stop}.safetensors" if folder else None,
+            )
+            for start, stop in pairwise(cuts)
+        ]
+    return sorted(units, key=lambda unit: -choices[unit.replicas[0].arm].cost)
 
 
 def _fleet(

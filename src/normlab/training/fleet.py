@@ -175,13 +175,19 @@ class Fleet:
         """Make the pass, and lay parameters out as their gradients are, for one sweep over both."""
         self.network.train()
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
+        if not self._is_stacked:
+            self._parameters = [_channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self._example(self.recipe.batch_size)
         once = program.make(
             copy.deepcopy(self.network), self._width, self.recipe.scaling, example, "eager"
         )
         _, *gradients = once([each.clone() for each in example])
-        strides = [g.stride()[self._is_stacked :] for g in gradients]
-        self._parameters = [_laid_out(p, s) for p, s in zip(self._parameters, strides, strict=True)]
+        self._parameters = [
+            p
+            if g.ndim == 4 and not self._is_stacked
+            else _laid_out(p, g.stride()[self._is_stacked :])
+            for p, g in zip(self._parameters, gradients, strict=True)
+        ]
         self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
         self._optimizer = optimizers.make(
             self.recipe, self._parameters, [replica.lr for replica in self.replicas]
@@ -436,6 +442,12 @@ def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(parameter.shape, (outer, *strides), dtype=parameter.dtype).copy_(
         parameter
     )
+
+
+def _channels_last(parameter: Tensor) -> Tensor:
+    """Return stacked weights of convolutions, of shape (R, O, I, H, W), with I the last in memory."""
+    inner, height, width = parameter.shape[2:]
+    return _laid_out(parameter, (inner * height * width, 1, width * inner, inner))
 
 
 def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
