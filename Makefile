@@ -40,7 +40,7 @@ format: .venv/ready  ## Put the code into form
 
 bench: .venv/ready  ## What is timed, as ratios against named peers
 	$(BIN)/normlab bench layers
-	$(BIN)/python benchmarks/epoch.py
+	$(BIN)/normlab bench fleet
 
 clean:  ## Take .venv and caches away
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -146,21 +146,33 @@ class Bench:
     """Measure what is fast and what is not, against named peers in the same run."""
 
     what: Annotated[
-        tyro.conf.Positional[Literal["layers"]],
-        tyro.conf.arg(help="layers: batch norm, against torch's eager and compiled."),
+        tyro.conf.Positional[Literal["layers", "fleet"]],
+        tyro.conf.arg(
+            help="layers: batch norm, against torch's eager and compiled. fleet: training, against "
+            "the tutorials' loop, eager and compiled torch, and JAX."
+        ),
     ]
     seconds: Annotated[
-        float, tyro.conf.arg(help="To spend on each row of the table.", metavar="S")
-    ] = 2.0
+        float | None,
+        tyro.conf.arg(
+            help="To spend on each row of the table.",
+            metavar="S",
+            help_behavior_hint="(2 for layers, 30 for fleet)",
+        ),
+    ] = None
     json: _Json = False
 
     def run(self) -> None:
         """Measure and print."""
-        from normlab.bench import bench_layers
+        from normlab import bench
 
-        if not self.seconds > 0:
+        if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--seconds {self.seconds}: expected a number above 0")
-        benchmark = bench_layers(seconds=self.seconds)
+        benchmark = (
+            bench.bench_layers(seconds=self.seconds or 2.0)
+            if self.what == "layers"
+            else bench.bench_fleet(seconds=self.seconds or 30.0, fleets=bench.own_fleets())
+        )
         print(json.dumps(benchmark.to_json(), indent=2) if self.json else benchmark)
 
 

@@ -199,8 +199,8 @@ def in_double(splits, arm, recipe, engine, rates, steps):
     replicas = [Replica(arm, lr, seed) for seed, lr in enumerate(rates)]
     trained = Fleet(networks, replicas, recipe, splits, engine)
     for stop in range(6, steps + 1, 6):
-        trained._advance(stop)
-    return [trained.state(r) for r in range(len(rates))], trained._losses
+        trained.advance(stop)
+    return [trained.state(r) for r in range(len(rates))], trained.losses
 
 
 def by_hand_in_double(splits, replica, recipe, steps):

@@ -327,8 +327,8 @@ def _measure(
 
 
 def _per_epoch(call: Timing, calls: float, once: float) -> Timing:
-    scaled = (once + calls * each for each in (call.median, call.low, call.high))
-    return Timing(*scaled, rounds=call.rounds)
+    median, low, high = (once + calls * each for each in (call.median, call.low, call.high))
+    return Timing(median, low, high, call.rounds)
 
 
 # The tutorials' loop.
@@ -603,7 +603,7 @@ def jax_trainer(work: Work) -> Any:
     def step(state: Any, batch: Any, images: Any, labels: Any) -> Any:
         x, y = (each.at[batch].get(mode="promise_in_bounds") for each in (images, labels))
         # Channels go last: XLA's convolutions on a CPU want them there.
-        x = jnp.moveaxis(x.astype(jnp.float32) * factor + offset, 1, -1)
+        x = jnp.moveaxis(x.astype(float) * factor + offset, 1, -1)
         (loss, buffers), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state["parameters"], state["buffers"], x, y
         )

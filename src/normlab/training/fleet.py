@@ -88,7 +88,7 @@ class Fleet:
         for network, replica in zip(networks, replicas, strict=True):
             draw_dropout_from(stream(replica.seed, "dropout"), network)
             self._dropouts.append(program.dropouts_of(network))
-        self._losses = torch.zeros(len(replicas))
+        self.losses = torch.zeros(len(replicas))
         self._build()
 
     @property
@@ -126,7 +126,7 @@ class Fleet:
             started = time.perf_counter()
             epoch_ends = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
             stop = min(epoch_ends, (self.step // every + 1) * every) if every else epoch_ends
-            self._advance(stop)
+            self.advance(stop)
             events = self._look()
             self.events += events
             self.seconds += time.perf_counter() - started
@@ -145,11 +145,11 @@ class Fleet:
 
         The fleet is moved by it, and of no other use afterwards.
         """
-        self._advance(self.step + 1)
+        self.advance(self.step + 1)
         best = math.inf
         for _ in range(rounds):
             started = time.perf_counter()
-            self._advance(self.step + steps)
+            self.advance(self.step + steps)
             best = min(best, time.perf_counter() - started)
         return best / (steps * len(self.replicas))
 
@@ -241,7 +241,7 @@ class Fleet:
         example = self._example(batch_size)
         return program.make(self.network, self._width, self.recipe.scaling, example, code)
 
-    def _advance(self, stop: int) -> None:
+    def advance(self, stop: int) -> None:
         """Take steps, all of one epoch."""
         if self.step % self.steps_per_epoch == 0:
             train = self.splits.indices["train"]
@@ -268,7 +268,7 @@ class Fleet:
             loss, *gradients = run([*self._inputs[r], *masks, batch])
             self._optimizer.step(r, gradients)
             losses.append(loss)
-        self._losses[r] += torch.stack(losses).sum()
+        self.losses[r] += torch.stack(losses).sum()
 
     def _advance_all(self, stop: int) -> None:
         for run, start, end in self._batches(stop):
@@ -281,7 +281,7 @@ class Fleet:
             ]
             losses, *gradients = run([*self._inputs[0], *masks, batch])
             self._optimizer.step_all(gradients)
-            self._losses += losses
+            self.losses += losses
 
     def _batches(self, stop: int) -> Iterator[tuple[program.Pass, int, int]]:
         """Yield the pass and the place of each batch in the shuffled epoch."""
@@ -295,7 +295,7 @@ class Fleet:
 
     def _look(self) -> list[Measurement | Outcome]:
         """Evaluate on every split; a replica without finite numbers has diverged."""
-        finite = self._losses.isfinite().tolist()
+        finite = self.losses.isfinite().tolist()
         looked_at = [r for r in self.alive if finite[r]]
         values: dict[int, dict[tuple[str, str], float]] = {r: {} for r in looked_at}
         for split, indices in self.splits.indices.items():
@@ -377,7 +377,7 @@ class Fleet:
             for dropout in self._dropouts[r][:1]:
                 if dropout.generator is not None:
                     kept[f"dropout.{r}"] = dropout.generator.get_state()
-        return {**kept, "losses": self._losses}
+        return {**kept, "losses": self.losses}
 
 
 @torch.no_grad()

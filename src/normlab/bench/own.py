@@ -1,0 +1,95 @@
+"""normlab's own fleets, as peers of `normlab bench fleet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from normlab.bench.fleet import Peer, Work
+from normlab.data import Dataset, Splits
+from normlab.networks import build_network
+from normlab.processes import Workers
+from normlab.training import Engine, Fleet, Recipe, Replica
+from normlab.training.choice import choose
+
+__all__ = ["SIZES", "own_fleets"]
+
+SIZES = (1, 10, 50)
+_STEPS = 20
+
+
+def own_fleets() -> Mapping[str, Callable[[Work], Peer]]:
+    """Return a peer for each size of fleet, trained as a study of ten epochs trains it."""
+    return {f"normlab, fleet of {size}": partial(_peer, size) for size in SIZES}
+
+
+def _peer(size: int, work: Work) -> Peer:
+    """Share the fleet among as many processes as there are threads, one thread each."""
+    count = min(size, torch.get_num_threads())
+    pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
+    for each in [pool.submit(_advance, 1) for pool in pools]:
+        each.result()  # Tracing and compiling are not in the peers' times either.
+
+    def call() -> float:
+        losses = [each.result() for each in [pool.submit(_advance, _STEPS) for pool in pools]]
+        return sum(losses) / size / _STEPS
+
+    return call, _STEPS * size
+
+
+_here: dict[str, Any] = {}
+"""What a worker keeps: its fleets, each of as many replicas as a study trains at a time."""
+
+
+def _start(work: Work, size: int, worker: int, count: int) -> None:
+    torch.set_num_threads(1)
+    recipe = Recipe(
+        network=work.network,
+        activation=work.activation,
+        init=work.init,
+        optimizer=work.optimizer,
+        batch_size=work.batch_size,
+        scaling=work.scaling,
+        validation=0,
+        epochs=10,
+    )
+    images, labels = work.load()
+    train = {"train": torch.arange(len(images))}
+    splits = Splits(Dataset("benchmark", images, labels, len(images), classes=10), train)
+    passes: dict[Any, Any] = {}
+
+    def build(replicas: Any, engine: Engine) -> Fleet:
+        networks = [
+            build_network(
+                work.network,
+                work.arm,
+                replica.seed,
+                image_shape=work.image_shape,
+                classes=10,
+                activation=work.activation,
+                init=work.init,
+            )
+            for replica in replicas
+        ]
+        return Fleet(networks, replicas, recipe, splits, engine, passes)
+
+    choice = choose(recipe, splits, work.arm, "auto", size, build)
+    replicas = [Replica(work.arm, work.lr, seed) for seed in range(worker, size, count)]
+    parts = [replicas[start : start + 5] for start in range(0, len(replicas), 5)]
+    _here["fleets"] = [build(part, choice.engine) for part in parts]
+
+
+def _advance(steps: int) -> float:
+    """Make steps with every replica of this process, and return their losses summed up."""
+    total = 0.0
+    for fleet in _here["fleets"]:
+        before = fleet.losses.sum()
+        per_epoch = fleet.steps_per_epoch
+        if fleet.step % per_epoch + steps > per_epoch:
+            fleet.step += per_epoch - fleet.step % per_epoch  # Into the next epoch.
+        fleet.advance(fleet.step + steps)
+        total += float(fleet.losses.sum() - before)
+    return total
