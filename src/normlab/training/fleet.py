@@ -445,7 +445,7 @@ def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def _channels_last(parameter: Tensor) -> Tensor:
-    """Return stacked weights of convolutions, of shape (R, O, I, H, W), with I the last in memory."""
+    """Return stacked weights of convolutions, (R, O, I, H, W), with I the last in memory."""
     inner, height, width = parameter.shape[2:]
     return _laid_out(parameter, (inner * height * width, 1, width * inner, inner))
 
