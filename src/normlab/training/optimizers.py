@@ -58,9 +58,6 @@ class _Stacked:
         self.steps = torch.zeros(len(rates))
         self.moments = [[torch.zeros_like(p) for p in parameters] for _ in range(moments)]
         self.state = [self.steps, *(each for moment in self.moments for each in moment)]
-        self._whole = _Columns(
-            list(parameters), [], self.moments, [self.steps[0]] * len(parameters)
-        )
         self._each = [
             _Columns(
                 [each[r] for each in parameters],
@@ -70,6 +67,22 @@ class _Stacked:
             )
             for r in range(len(rates))
         ]
+        # Replicas of one rate in one call, but tensor by tensor: a sweep over whole stacks would
+        # round a replica's values by its place among the others.
+        self._groups = []
+        for lr in dict.fromkeys(rates):
+            members = [r for r, rate in enumerate(rates) if rate == lr]
+            joined = [self._each[r] for r in members]
+            columns = _Columns(
+                [each for columns in joined for each in columns.parameters],
+                [],
+                [
+                    [each for columns in joined for each in columns.moments[i]]
+                    for i in range(moments)
+                ],
+                [each for columns in joined for each in columns.steps],
+            )
+            self._groups.append((members, lr, columns))
 
     def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
         self.steps[replica] += 1
@@ -77,12 +90,11 @@ class _Stacked:
         self._move(columns, self.rates[replica])
 
     def step_all(self, gradients: Sequence[Tensor]) -> None:
-        if len(set(self.rates)) > 1:
-            for replica in range(len(self.rates)):
-                self.step(replica, [each[replica] for each in gradients])
-            return
         self.steps += 1
-        self._move(self._whole._replace(gradients=list(gradients)), self.rates[0])
+        by_replica = [each.unbind() for each in gradients]
+        for members, lr, columns in self._groups:
+            joined = [each[r] for r in members for each in by_replica]
+            self._move(columns._replace(gradients=joined), lr)
 
     def _move(self, columns: _Columns, lr: float) -> None:
         raise NotImplementedError
