@@ -298,6 +298,23 @@ def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path
         assert same_bits(second.state(r), whole.state(r))
 
 
+@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+def test_a_fleet_goes_on_without_the_replica_that_diverged(splits, tmp_path, engine):
+    recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
+    replicas = [Replica("plain", lr, 0) for lr in (0.1, 1e30)]
+
+    def make():
+        return Fleet([build("plain"), build("plain")], replicas, recipe, splits, engine)
+
+    whole, path = [event[:3] for event in make().train()], tmp_path / "fleet.safetensors"
+    events = make().train(path)
+    while not path.exists():
+        next(events)
+    again = list(make().train(path))
+    assert [event[:3] for event in again] == whole
+    assert [event.status for event in again if isinstance(event, Outcome)] == ["diverged", "done"]
+
+
 def test_a_checkpoint_of_something_else_is_refused(splits, tmp_path):
     path = tmp_path / "fleet.safetensors"
     recipe, replicas = Recipe(epochs=2), [Replica("plain", 0.01, 0)]

@@ -46,7 +46,8 @@ _EPOCHS = 1000  # More than are ever measured, so that the tutorials' loader sta
 
 Peer = tuple[Callable[[], object], float]
 """What to call, and how many steps it makes, those of all replicas counted. A call returns the mean
-loss of its steps as a float, or anything else if it has none."""
+loss of its steps as a float, or anything else if it has none. Its `close`, if it has one, is called
+at the end."""
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,9 @@ def _measure(
         if name == "tutorial":  # Its loader fills up, which the next peer should not pay for.
             calls["rest"] = lambda: time.sleep(0.05)
     timings = take_turns(calls, seconds=seconds)
+    for call, _ in made.values():
+        if close := getattr(call, "close", None):
+            close()
     return Row(
         work,
         {

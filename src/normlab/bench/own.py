@@ -27,17 +27,28 @@ def own_fleets() -> Mapping[str, Callable[[Work], Peer]]:
 
 
 def _peer(size: int, work: Work) -> Peer:
-    """Share the fleet among as many processes as there are threads, one thread each."""
-    count = min(size, torch.get_num_threads())
-    pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
-    for each in [pool.submit(_advance, 1) for pool in pools]:
-        each.result()  # Tracing and compiling are not in the peers' times either.
+    return _Team(work, size), _STEPS * size
 
-    def call() -> float:
-        losses = [each.result() for each in [pool.submit(_advance, _STEPS) for pool in pools]]
-        return sum(losses) / size / _STEPS
 
-    return call, _STEPS * size
+class _Team:
+    """A fleet shared among as many processes as there are threads, one thread each."""
+
+    def __init__(self, work: Work, size: int) -> None:
+        self.size, count = size, min(size, torch.get_num_threads())
+        self.pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
+        self._advance(1)  # Tracing and compiling are not in the other peers' times either.
+
+    def __call__(self) -> float:
+        return self._advance(_STEPS) / self.size / _STEPS
+
+    def _advance(self, steps: int) -> float:
+        answers = [pool.submit(_advance, steps) for pool in self.pools]
+        return sum(answer.result() for answer in answers)
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in self.pools:
+            pool.__exit__(None, None, None)
 
 
 _here: dict[str, Any] = {}

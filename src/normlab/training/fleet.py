@@ -198,9 +198,8 @@ class Fleet:
         ]
         if self._is_stacked:
             self._inputs = [[images, labels, *self._state]]
-        self._shuffled = torch.empty(
-            len(self.replicas), self.splits.size("train"), dtype=torch.int64
-        )
+        # Of one that has diverged nobody draws another order, and a stack still reads it.
+        self._shuffled = self.splits.indices["train"].repeat(len(self.replicas), 1)
 
     @property
     def _is_stacked(self) -> bool:
