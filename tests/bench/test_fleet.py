@@ -149,7 +149,7 @@ def test_the_products_alone_are_those_of_forward_and_backward(replicas):
         assert ours / replica_steps == theirs / steps
 
 
-# Torch's compiler still uses what torch deprecates.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_the_compiled_peer_trains_as_the_eager_one_does():
     (eager, _), (compiled, _) = fleet.eager(TINY), fleet.compiled_eager(TINY)
@@ -199,6 +199,7 @@ print("equal")
 
 
 @needs_jax
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "replicas"),
     [

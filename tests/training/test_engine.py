@@ -33,6 +33,9 @@ LONG = Recipe(validation=59000, epochs=10_000)
 PLAIN, BOTH = Replica("plain", 1e-3, 0), Replica("batch+dropout:0.5", 1e-3, 0)
 
 
+SLOW = pytest.mark.slow
+
+
 def run_replicas(recipe, replicas, workers=1, **options):
     """With the engine chosen beforehand, so that nothing is timed."""
     chosen = {each.arm: Choice(each.arm, Engine("looped", "traced"), {}) for each in replicas}
@@ -240,7 +243,9 @@ def started(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-@pytest.mark.parametrize("killed_at", [1, 2, 4, 7, 11])
+@pytest.mark.parametrize(
+    "killed_at", [1, pytest.param(2, marks=SLOW), 4, pytest.param(7, marks=SLOW), 11]
+)
 def test_the_work_of_a_worker_that_is_killed_is_done_again(started, tmp_path, killed_at):
     recipe = QUICK.model_copy(update={"epochs": 6})
     events, folder = [], tmp_path / "checkpoints"

@@ -172,12 +172,11 @@ def by_hand(replica, recipe, splits):
     ],
     ids=["sgd-whole", "sgd-all", "adam-whole", "adam-all"],
 )
-@pytest.mark.parametrize("engine", [EAGER, TRACED], ids=str)
 @pytest.mark.parametrize("arm", ARMS)
-def test_training_is_the_textbooks_loop(splits, arm, engine, fields):
+def test_training_is_the_textbooks_loop(splits, arm, fields):
     recipe = Recipe(epochs=3, **fields)
     replica = Replica(arm, LR[recipe.optimizer], 7)
-    network, events = run(splits, recipe, *replica, engine=engine)
+    network, events = run(splits, recipe, *replica)
     reference, expected = by_hand(replica, recipe, splits)
     seen = measurements(events)
     assert [(m.step, m.epoch) for m in seen] == [(step, epoch) for step, epoch, _ in expected]
