@@ -249,7 +249,7 @@ def test_nothing_is_trained_for_a_report(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torch.nn.Module.__call__", refuse)
     monkeypatch.setattr("torch.Tensor.backward", refuse)
-    monkeypatch.setattr("normlab.training.engine.train", refuse)
+    monkeypatch.setattr("normlab.training.fleet.Fleet.train", refuse)
     monkeypatch.setattr("normlab.training.engine.load", refuse)
     comparison, _ = small
     before = (comparison.folder / "ledger.sqlite").read_bytes()
