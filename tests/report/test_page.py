@@ -229,7 +229,7 @@ def test_another_process_gives_the_same_report_from_the_ledger_alone(small, tmp_
     shutil.copy(comparison.folder / "ledger.sqlite", tmp_path / "run")
     program = (
         "import sys, pathlib, normlab.data, normlab.training.engine as engine\n"
-        "engine.load = engine.train = normlab.data.load = None\n"
+        "engine.load = engine._train = normlab.data.load = None\n"
         "from normlab.report import write\n"
         "from normlab.study import Comparison\n"
         "write(Comparison(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
