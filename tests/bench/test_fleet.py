@@ -27,6 +27,7 @@ def benchmark():
     )
 
 
+@pytest.mark.slow
 def test_every_peer_is_measured_and_every_peer_that_trains_learns(benchmark):
     (row,) = benchmark.rows
     trained = ["tutorial", "eager", *["jax"] * ("jax" not in row.skipped), "eager again"]
@@ -75,6 +76,7 @@ def test_a_peer_whose_package_is_missing_is_named_with_what_to_do(monkeypatch):
     assert "against jax" not in text
 
 
+@pytest.mark.slow
 def test_json_and_text_hold_versions_machine_ratios_and_every_peer(benchmark):
     document = json.loads(json.dumps(benchmark.to_json()))
     assert {"normlab", "torch", "python", "pillow"} <= document["versions"].keys()

@@ -243,9 +243,7 @@ def started(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-@pytest.mark.parametrize(
-    "killed_at", [1, pytest.param(2, marks=SLOW), 4, pytest.param(7, marks=SLOW), 11]
-)
+@pytest.mark.parametrize("killed_at", [1, 4, *(pytest.param(at, marks=SLOW) for at in (2, 7, 11))])
 def test_the_work_of_a_worker_that_is_killed_is_done_again(started, tmp_path, killed_at):
     recipe = QUICK.model_copy(update={"epochs": 6})
     events, folder = [], tmp_path / "checkpoints"
@@ -262,6 +260,7 @@ def test_the_work_of_a_worker_that_is_killed_is_done_again(started, tmp_path, ki
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.slow
 def test_a_second_worker_that_is_killed_is_an_error_that_says_what_to_do(started):
     message = r"two worker processes died.*run the same command again"
     with closing(run_replicas(LONG, [PLAIN, BOTH], workers=2)) as events:

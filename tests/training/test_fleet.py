@@ -229,8 +229,16 @@ def by_hand_in_double(splits, replica, recipe, steps):
     return network.state_dict(), total
 
 
-@pytest.mark.parametrize("fields", [SGD, ADAM], ids=["sgd", "adam"])
-@pytest.mark.parametrize("arm", EVERY_ARM)
+@pytest.mark.parametrize(
+    ("arm", "fields"),
+    [(arm, ADAM) for arm in EVERY_ARM]
+    + [(arm, SGD) for arm in ("plain", "batch", "batch+dropout:0.2")]
+    + [
+        pytest.param(arm, SGD, marks=pytest.mark.slow)
+        for arm in EVERY_ARM
+        if arm not in ("plain", "batch", "batch+dropout:0.2")
+    ],
+)
 def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm, fields):
     recipe, rates = Recipe(epochs=9, **fields), [0.01, 0.02, 0.005]
     expected = [
