@@ -26,7 +26,7 @@ class Workers(ProcessPoolExecutor):
     """A pool of processes that leaves nothing behind.
 
     They are spawned, because a forked child of a process that has used torch's threads can hang. As
-    a context manager it ends them at once, whatever they are at.
+    a context manager it ends them with the block.
 
     Args:
         count: Processes.
@@ -62,6 +62,10 @@ class Workers(ProcessPoolExecutor):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes at once, whatever they are at."""
         for process in self.processes():
             process.terminate()
         self.shutdown(cancel_futures=True)

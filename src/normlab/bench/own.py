@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 
 from normlab.bench.fleet import Peer, Work
 from normlab.data import Dataset, Splits
-from normlab.networks import build_network
 from normlab.processes import Workers
 from normlab.training import Engine, Fleet, Recipe, Replica
-from normlab.training.choice import choose
+from normlab.training.choice import STACK, choose
+from normlab.training.engine import build_fleet
 
 __all__ = ["SIZES", "own_fleets"]
 
@@ -48,7 +48,7 @@ class _Team:
     def close(self) -> None:
         """End the processes."""
         for pool in self.pools:
-            pool.__exit__(None, None, None)
+            pool.close()
 
 
 _here: dict[str, Any] = {}
@@ -72,24 +72,12 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
     splits = Splits(Dataset("benchmark", images, labels, len(images), classes=10), train)
     passes: dict[Any, Any] = {}
 
-    def build(replicas: Any, engine: Engine) -> Fleet:
-        networks = [
-            build_network(
-                work.network,
-                work.arm,
-                replica.seed,
-                image_shape=work.image_shape,
-                classes=10,
-                activation=work.activation,
-                init=work.init,
-            )
-            for replica in replicas
-        ]
-        return Fleet(networks, replicas, recipe, splits, engine, passes)
+    def build(replicas: Sequence[Replica], engine: Engine) -> Fleet:
+        return build_fleet(recipe, replicas, splits, engine, passes)
 
     choice = choose(recipe, splits, work.arm, "auto", size, build)
     replicas = [Replica(work.arm, work.lr, seed) for seed in range(worker, size, count)]
-    parts = [replicas[start : start + 5] for start in range(0, len(replicas), 5)]
+    parts = [replicas[start : start + STACK] for start in range(0, len(replicas), STACK)]
     _here["fleets"] = [build(part, choice.engine) for part in parts]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normlab.layers import sync
 from normlab.layers.functional import Moments, move_running
-from normlab.layers.fused import batch_norm, check, normalize_by_batch, try_small
+from normlab.layers.fused import batch_norm, check, normalize_by_batch
 
 __all__ = ["Options", "State", "plain_forward", "special_forward"]
 
@@ -65,21 +65,6 @@ def plain_forward(
                 factor = num_batches_tracked.double().reciprocal()
     elif by_batch:
         running_mean = running_var = None
-    if residual is None:
-        output = try_small(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            by_batch,
-            factor,
-            eps,
-            activation,
-            negative_slope,
-        )
-        if output is not None:
-            return output
     return batch_norm(
         input,
         running_mean,

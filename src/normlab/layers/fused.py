@@ -22,7 +22,7 @@ from normlab.layers.functional import (
     without_padding,
 )
 
-__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch", "try_small"]
+__all__ = ["SMALL", "batch_norm", "check", "normalize_by_batch"]
 
 SMALL = 1 << 15
 """Values below which the call costs more than the work, so that torch's operator is as fast."""
@@ -83,6 +83,21 @@ def batch_norm(
     """
     if input.ndim < 2 and not input.numel():
         return input.clone()  # As torch: there is nothing to normalize.
+    if residual is None and mask is None:
+        output = _try_small(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
+        )
+        if output is not None:
+            return output
     check(input, running_mean, running_var, weight, bias, activation, residual, mask)
     if not training:
         if running_mean is None or running_var is None:
@@ -134,7 +149,7 @@ def batch_norm(
     return output
 
 
-def try_small(
+def _try_small(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from normlab.training.fleet import Engine, Fleet
 from normlab.training.program import cache_folder
 from normlab.training.recipe import Recipe, Replica
 
-__all__ = ["ENGINES", "Choice", "choose"]
+__all__ = ["ENGINES", "STACK", "Choice", "check_engine", "choose"]
 
 ENGINES = ("auto", "looped", "stacked")
 _STEPS = 20
 _COMPILATION = 25.0  # Seconds; what it takes differs by a factor of two between machines.
-_STACK = 5
+STACK = 5
+"""Replicas in a stack: its numbers may depend on them, in their last bits, so it is always this."""
 
 
 class Choice(NamedTuple):
@@ -78,12 +80,12 @@ def choose(
     seconds: dict[Engine, float] = {}
 
     def time(engine: Engine) -> None:
-        width = min(fleet, _STACK) if engine.kind == "stacked" else 1
+        width = min(fleet, STACK) if engine.kind == "stacked" else 1
         replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
         try:
-            if engine.code != "eager" and not build(replicas, engine).agrees_with_the_module():
-                return
-            seconds[engine] = build(replicas, engine).time_step(_STEPS)
+            built = build(replicas, engine)
+            if engine.code == "eager" or built.agrees_with_the_module():
+                seconds[engine] = built.time_step(_STEPS)
         except InputError:
             raise
         except Exception:  # Tracing and compiling fail in many ways: this engine is not for it.
@@ -107,8 +109,9 @@ def choose(
             time(Engine("stacked" if kind == "stacked" else "looped", "compiled"))
     best = min(seconds, key=seconds.__getitem__, default=Engine("looped", "eager"))
     choice = Choice(arm, best, {str(engine): took for engine, took in seconds.items()})
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    replace(memory, json.dumps({"engine": best, "seconds": choice.seconds}))
+    with suppress(OSError):  # Where there is no room to remember, it is timed again.
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        replace(memory, json.dumps({"engine": best, "seconds": choice.seconds}))
     return choice
 
 

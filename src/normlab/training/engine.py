@@ -19,16 +19,15 @@ from normlab.data.datasets import Dataset
 from normlab.errors import NormlabError
 from normlab.networks import build_network
 from normlab.processes import SharedTensor, Workers
-from normlab.training.choice import Choice, choose
+from normlab.training.choice import STACK, Choice, choose
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
-__all__ = ["Event", "run_replicas"]
+__all__ = ["Event", "build_fleet", "run_replicas"]
 
 Event = Choice | Measurement | Outcome
 
 _LOOPED_UNIT = 3  # Replicas: enough to share what evaluation reads, few enough to share out evenly.
-_STACKED_UNIT = 5
 
 
 class Unit(NamedTuple):
@@ -112,7 +111,7 @@ def _units(
         if arm not in choices:
             continue  # All of it is finished.
         if choices[arm].engine.kind == "stacked":
-            parts = -(-len(fleet) // _STACKED_UNIT)
+            parts = -(-len(fleet) // STACK)
         else:
             enough = -(-workers // len(fleets))
             parts = max(-(-len(fleet) // _LOOPED_UNIT), min(enough, len(fleet)))
@@ -128,13 +127,14 @@ def _units(
     return sorted(units, key=lambda unit: -choices[unit.replicas[0].arm].cost)
 
 
-def _fleet(
+def build_fleet(
     recipe: Recipe,
     replicas: Sequence[Replica],
     splits: Splits,
     engine: Engine,
     passes: dict[Any, Any],
 ) -> Fleet:
+    """Return a fleet of a recipe's own network; arguments as for `Fleet`."""
     networks = [
         build_network(
             recipe.network,
@@ -163,14 +163,14 @@ class _Bench:
 
 def _choose(bench: _Bench, arm: str, engine: str, fleet: int) -> Iterator[Choice]:
     def build(replicas: Sequence[Replica], engine: Engine) -> Fleet:
-        return _fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
+        return build_fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
 
     yield choose(bench.recipe, bench.splits, arm, engine, fleet, build)
 
 
 def _train(bench: _Bench, *unit: Any) -> Iterator[Measurement | Outcome]:
     replicas, engine, checkpoint = Unit(*unit)
-    fleet = _fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
+    fleet = build_fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
     return fleet.train(checkpoint)
 
 
@@ -252,7 +252,7 @@ class _Together:
 
     def _close(self) -> None:
         if self.pool is not None:
-            self.pool.__exit__(None, None, None)
+            self.pool.close()
             self.pool = None
 
     def _has_lost_a_worker(self) -> bool:

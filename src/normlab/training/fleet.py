@@ -7,7 +7,6 @@ of its numbers depends on the replicas beside it.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normlab.data import Splits, scale
-from normlab.errors import NormlabError
-from normlab.files import replace
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
-from normlab.training import optimizers, program
+from normlab.training import checkpoint, optimizers, program
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
 __all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
@@ -108,18 +105,18 @@ class Fleet:
         names = [*self._names, *self._buffer_names]
         return {name: value[replica] for name, value in zip(names, values, strict=True)}
 
-    def train(self, checkpoint: Path | None = None) -> Iterator[Measurement | Outcome]:
+    def train(self, path: Path | None = None) -> Iterator[Measurement | Outcome]:
         """Train to the end, yielding measurements and outcomes.
 
         Args:
-            checkpoint: Where the state is kept after every epoch. If it is there already, training
+            path: Where the state is kept after every epoch. If it is there already, training
                 goes on from it, and what was measured before is yielded again.
 
         Raises:
             NormlabError: The checkpoint is not one of this fleet, or cannot be written.
         """
-        if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
+        if path is not None and path.exists():
+            self._load(path)
             yield from self.events
         every, last = self.recipe.evaluate_every, self.recipe.epochs * self.steps_per_epoch
         while self.step < last and self.alive:
@@ -131,8 +128,8 @@ class Fleet:
             self.events += events
             self.seconds += time.perf_counter() - started
             yield from events
-            if checkpoint is not None and self.step == epoch_ends and self.step < last:
-                self._save(checkpoint)
+            if path is not None and self.step == epoch_ends and self.step < last:
+                self._save(path)
         share = self.seconds / len(self.replicas)
         ends: list[Measurement | Outcome] = [
             Outcome(self.replicas[r], "done", self.step, share) for r in self.alive
@@ -330,37 +327,13 @@ class Fleet:
     # ------------------------------------------------------------------ checkpoints
 
     def _save(self, path: Path) -> None:
-        from safetensors.torch import save
-
-        told = {"step": self.step, "seconds": self.seconds, "engine": str(self.engine)}
-        events = [_to_json(event) for event in self.events]
-        kept = {name: tensor.contiguous() for name, tensor in self._kept().items()}
-        try:
-            replace(path, save(kept, {"fleet": json.dumps({**told, "events": events})}))
-        except OSError as error:
-            raise NormlabError(
-                f"{path} cannot be written ({error.strerror}); what was measured before is kept: "
-                "make room, and run the same command again"
-            ) from None
+        facts = {"step": self.step, "seconds": self.seconds, "engine": str(self.engine)}
+        checkpoint.save(path, self._kept(), facts, self.events)
 
     def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         kept = self._kept()
-        try:
-            with safe_open(path, "pt") as file:
-                told = json.loads(file.metadata()["fleet"])
-                found = {name: file.get_tensor(name) for name in kept}
-            if told["engine"] != str(self.engine):
-                raise ValueError(f"it was made by another engine, {told['engine']}")
-            events = [_from_json(event) for event in told["events"]]
-            for name, tensor in kept.items():
-                tensor.copy_(found[name])
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise NormlabError(
-                f"{path} is no checkpoint of this run ({error}): remove it to train anew"
-            ) from None
-        self.step, self.seconds, self.events = told["step"], told["seconds"], events
+        facts, self.events = checkpoint.load(path, kept, engine=str(self.engine))
+        self.step, self.seconds = facts["step"], facts["seconds"]
         for r in range(len(self.replicas)):
             self._orders[r].set_state(kept[f"order.{r}"])
             for dropout in self._dropouts[r][:1]:  # All of a replica draw from one generator.
@@ -447,19 +420,3 @@ def _channels_last(parameter: Tensor) -> Tensor:
     """Return stacked weights of convolutions, (R, O, I, H, W), with I the last in memory."""
     inner, height, width = parameter.shape[2:]
     return _laid_out(parameter, (inner * height * width, 1, width * inner, inner))
-
-
-def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
-    if isinstance(event, Outcome):
-        return {"outcome": event}
-    values = [[split, metric, value] for (split, metric), value in event.values.items()]
-    return {"measurement": event[:3], "values": values}
-
-
-def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
-    if "outcome" in event:
-        replica, status, step, seconds = event["outcome"]
-        return Outcome(Replica(*replica), status, step, seconds)
-    replica, step, epoch = event["measurement"]
-    values = {(split, metric): value for split, metric, value in event["values"]}
-    return Measurement(Replica(*replica), step, epoch, values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,21 +12,6 @@ from torch import Tensor
 from normlab.training.recipe import Recipe
 
 __all__ = ["Optimizer", "make"]
-
-
-class Optimizer(Protocol):
-    """Moves stacked parameters along their gradients.
-
-    The state is stacked along the replicas as the parameters are, and lies in memory as they do.
-    """
-
-    state: list[Tensor]
-
-    def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
-        """Move one replica; gradients without a first axis for it."""
-
-    def step_all(self, gradients: Sequence[Tensor]) -> None:
-        """Move all of them."""
 
 
 def make(recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]) -> Optimizer:
@@ -48,13 +34,17 @@ class _Columns(NamedTuple):
     steps: list[Tensor]
 
 
-class _Stacked:
-    """What both have in common: a replica's own tensors, and the replicas that share a rate."""
+class Optimizer(ABC):
+    """Moves stacked parameters along their gradients.
+
+    Its state is stacked along the replicas as the parameters are, and lies in memory as they do.
+    """
 
     def __init__(
-        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float], moments: int
+        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]
     ) -> None:
         self.recipe, self.rates = recipe, rates
+        moments = self._moments()
         self.steps = torch.zeros(len(rates))
         self.moments = [[torch.zeros_like(p) for p in parameters] for _ in range(moments)]
         self.state = [self.steps, *(each for moment in self.moments for each in moment)]
@@ -85,26 +75,31 @@ class _Stacked:
             self._groups.append((members, lr, columns))
 
     def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
+        """Move one replica; gradients without a first axis for it."""
         self.steps[replica] += 1
         columns = self._each[replica]._replace(gradients=list(gradients))
         self._move(columns, self.rates[replica])
 
     def step_all(self, gradients: Sequence[Tensor]) -> None:
+        """Move all of them."""
         self.steps += 1
         by_replica = [each.unbind() for each in gradients]
         for members, lr, columns in self._groups:
             joined = [each[r] for r in members for each in by_replica]
             self._move(columns._replace(gradients=joined), lr)
 
+    @abstractmethod
+    def _moments(self) -> int:
+        """Return how many tensors are kept for each parameter."""
+
+    @abstractmethod
     def _move(self, columns: _Columns, lr: float) -> None:
-        raise NotImplementedError
+        """Let torch's kernel do it."""
 
 
-class _SGD(_Stacked):
-    def __init__(
-        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]
-    ) -> None:
-        super().__init__(recipe, parameters, rates, moments=1 if recipe.momentum else 0)
+class _SGD(Optimizer):
+    def _moments(self) -> int:
+        return 1 if self.recipe.momentum else 0
 
     def _move(self, columns: _Columns, lr: float) -> None:
         torch._fused_sgd_(
@@ -121,11 +116,9 @@ class _SGD(_Stacked):
         )
 
 
-class _Adam(_Stacked):
-    def __init__(
-        self, recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]
-    ) -> None:
-        super().__init__(recipe, parameters, rates, moments=2)
+class _Adam(Optimizer):
+    def _moments(self) -> int:
+        return 2
 
     def _move(self, columns: _Columns, lr: float) -> None:
         torch._fused_adam_(

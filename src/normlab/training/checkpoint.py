@@ -1,0 +1,93 @@
+"""A fleet between two epochs, as a file that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from normlab.errors import NormlabError
+from normlab.files import replace
+from normlab.training.recipe import Measurement, Outcome, Replica
+
+__all__ = ["load", "save"]
+
+
+def save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    events: Sequence[Measurement | Outcome],
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: The file to replace.
+        tensors: All that the next steps depend on.
+        facts: What else there is to know, as JSON takes it.
+        events: What was measured so far.
+
+    Raises:
+        NormlabError: It cannot be written; the one before is still there.
+    """
+    from safetensors.torch import save
+
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    told = json.dumps({**facts, "events": [_to_json(event) for event in events]})
+    try:
+        replace(path, save(kept, {"fleet": told}))
+    except OSError as error:
+        raise NormlabError(
+            f"{path} cannot be written ({error.strerror}); what was measured before is kept: "
+            "make room, and run the same command again"
+        ) from None
+
+
+def load(
+    path: Path, tensors: Mapping[str, Tensor], *, engine: str
+) -> tuple[dict[str, Any], list[Measurement | Outcome]]:
+    """Read a checkpoint into tensors; return its facts and events.
+
+    Args:
+        path: What `save` wrote.
+        tensors: Filled in place.
+        engine: What the facts must say under that name.
+
+    Raises:
+        NormlabError: The file is damaged, or was written by something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["fleet"])
+            found = {name: file.get_tensor(name) for name in tensors}
+        if facts["engine"] != engine:
+            raise ValueError(f"it was made by another engine, {facts['engine']}")
+        events = [_from_json(event) for event in facts.pop("events")]
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise NormlabError(
+            f"{path} is no checkpoint of this run ({error}): remove it to train anew"
+        ) from None
+    return facts, events
+
+
+def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
+    if isinstance(event, Outcome):
+        return {"outcome": event}
+    values = [[split, metric, value] for (split, metric), value in event.values.items()]
+    return {"measurement": event[:3], "values": values}
+
+
+def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
+    if "outcome" in event:
+        replica, status, step, seconds = event["outcome"]
+        return Outcome(Replica(*replica), status, step, seconds)
+    replica, step, epoch = event["measurement"]
+    values = {(split, metric): value for split, metric, value in event["values"]}
+    return Measurement(Replica(*replica), step, epoch, values)
