@@ -339,7 +339,7 @@ def test_a_network_whose_trace_does_something_else_is_trained_by_the_module_itse
 def test_an_error_in_a_worker_is_the_callers_however_busy_the_other_workers_are():
     # The first replica soon makes room for the one that cannot be built, beside one that goes on.
     recipe = LONG.model_copy(update={"optimizer": "sgd", "weight_decay": 1.0})
-    replicas = [PLAIN._replace(lr=10), PLAIN, Replica("instance", 1e-3, 0)]
+    replicas = [PLAIN._replace(lr=10), PLAIN._replace(arm="batch"), Replica("instance", 1e-3, 0)]
     events, seen = run_replicas(recipe, replicas, workers=2), []
     with closing(events):
         seen.append(next(events))
