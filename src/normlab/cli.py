@@ -171,7 +171,11 @@ class Bench:
         benchmark = (
             bench.bench_layers(seconds=self.seconds or 2.0)
             if self.what == "layers"
-            else bench.bench_fleet(seconds=self.seconds or 30.0, fleets=bench.own_fleets())
+            else bench.bench_fleet(
+                seconds=self.seconds or 30.0,
+                fleets=bench.own_fleets(),
+                started=lambda work: print(f"measuring {work.name} …", file=sys.stderr),
+            )
         )
         print(json.dumps(benchmark.to_json(), indent=2) if self.json else benchmark)
 

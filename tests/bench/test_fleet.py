@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from normlab.bench import fleet
+from normlab.bench import fleet, peers
 from normlab.bench.timing import Timing
+from normlab.bench.work import WORKS, Work, layers_of
+from normlab.data import scale
 
-TINY = fleet.Work("tiny", "mlp:16", 32, "adam", 0.01, images=320)
-CONVOLVED = fleet.Work("tiny lenet", "lenet", 32, "sgd", 0.9, activation="sigmoid", images=320)
+TINY = Work("tiny", "mlp:16", 32, "adam", 0.01, images=320)
+CONVOLVED = Work("tiny lenet", "lenet", 32, "sgd", 0.9, activation="sigmoid", images=320)
 
 needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="needs the extra `bench`")
 
@@ -23,7 +25,7 @@ def benchmark():
     if find_spec("PIL") is None:
         pytest.skip("needs the extra `bench`")
     return fleet.bench_fleet(
-        seconds=0.0, works=[TINY], fleets={"eager again": fleet.eager}, compiled=False
+        seconds=0.0, works=[TINY], fleets={"eager again": peers.eager}, compiled=False
     )
 
 
@@ -33,36 +35,42 @@ def test_every_peer_is_measured_and_every_peer_that_trains_learns(benchmark):
     trained = ["tutorial", "eager", *["jax"] * ("jax" not in row.skipped), "eager again"]
     assert list(row.timings) == [*trained[:-1], "products", "products of 10", "eager again"]
     assert all(0 < t.low <= t.median <= t.high for t in row.timings.values())
-    assert list(row.losses) == trained
+    assert list(row.losses) == list(row.evaluations) == trained
     for first, last in row.losses.values():
         assert last < 0.8 * first
+    assert all(0 < t.low <= t.median <= t.high for t in row.evaluations.values())
     # A fleet handed in is called as a peer is: the same training, so the same losses.
     assert row.losses["eager again"] == row.losses["eager"]
     assert 0 < row.startup < row.timings["tutorial"].low
 
 
-def row_of(**medians):
-    timings = {name: Timing(median, median, median, 7) for name, median in medians.items()}
-    return fleet.Row(TINY, timings, {}, 0.0, {})
+def row_of(work=TINY, skipped=None, evaluations=None, **medians):
+    timings, evaluated = (
+        {name: Timing(median, median, median, 7) for name, median in each.items()}
+        for each in (medians, evaluations or {})
+    )
+    return fleet.Row(work, timings, evaluated, {}, 0.0, skipped or {})
 
 
 def test_ratios_are_of_the_peer_to_others_and_the_ceiling_is_the_faster_of_two():
     medians = {"tutorial": 30.0, "eager": 8.0, "jax": 3.0, "products": 0.5, "ours": 2.0}
-    row = row_of(**medians, **{"products of 10": 1.0})
+    row = row_of(evaluations={"tutorial": 6.0, "ours": 1.0}, **medians, **{"products of 10": 1.0})
     assert row.against("ours") == {
         "against tutorial": 15.0,
         "against eager": 4.0,
         "against jax": 1.5,
         "share of the ceiling": 0.25,
+        "with evaluation": 12.0,
     }
     without = row_of(eager=8.0, products=0.5, ours=2.0).against("ours")
     assert math.isnan(without["against tutorial"])
+    assert math.isnan(without["with evaluation"])
     assert math.isnan(without["against jax"])
 
 
 def test_a_call_is_scaled_to_an_epoch_and_the_start_is_added_once():
     # 1875 steps an epoch, at 50 replica steps a call.
-    timing = fleet._per_epoch(Timing(0.2, 0.1, 0.4, 9), 1875 / 50, 3.0)
+    timing = fleet._scaled(Timing(0.2, 0.1, 0.4, 9), 1875 / 50, 3.0)
     assert timing == Timing(3.0 + 7.5, 3.0 + 3.75, 3.0 + 15.0, 9)
 
 
@@ -70,7 +78,7 @@ def test_a_peer_whose_package_is_missing_is_named_with_what_to_do(monkeypatch):
     monkeypatch.setattr(fleet, "find_spec", lambda module: None if module == "jax" else module)
     reason = "jax is not installed: pip install 'normlab[bench]'"
     assert fleet._missing() == {"jax": reason}
-    row = fleet.Row(TINY, row_of(eager=1.0, products=0.5).timings, {}, 0.0, fleet._missing())
+    row = row_of(skipped=fleet._missing(), eager=1.0, products=0.5)
     text = str(fleet.FleetBenchmark([row], {}, ""))
     assert f"Without jax: {reason}" in text
     assert "against jax" not in text
@@ -94,20 +102,19 @@ def test_json_and_text_hold_versions_machine_ratios_and_every_peer(benchmark):
 
 
 def test_random_bytes_are_said_to_be_random():
-    work = fleet.WORKS[2]
-    row = fleet.Row(work, row_of(eager=1.0, products=0.5).timings, {}, 0.0, {})
+    row = row_of(WORKS[2], eager=1.0, products=0.5)
     text = str(fleet.FleetBenchmark([row], {}, ""))
     assert "50,000 images of random bytes, 3×32×32" in text
 
 
 def test_the_works_are_the_four_of_the_studies():
-    assert [work.steps_per_epoch for work in fleet.WORKS] == [1875, 937, 1562, 234]
+    assert [work.steps_per_epoch for work in WORKS] == [1875, 937, 1562, 234]
     widths = [
         [layer.out_features for layer in work.build(0).modules() if isinstance(layer, nn.Linear)]
-        for work in fleet.WORKS
+        for work in WORKS
     ]
     assert widths == [[32, 32, 10], [512, 512, 10], [128, 10], [120, 84, 10]]
-    stock = {type(layer) for work in fleet.WORKS for _, layer in fleet._layers(work.build(0))}
+    stock = {type(layer) for work in WORKS for _, layer in layers_of(work.build(0))}
     assert {nn.BatchNorm1d, nn.BatchNorm2d} <= stock
 
 
@@ -115,20 +122,20 @@ def test_the_tutorials_images_are_the_scaled_bytes():
     pytest.importorskip("PIL")
     for work in (
         TINY,
-        fleet.Work(
+        Work(
             "", "mlp:8", 8, "sgd", 0.1, "relu", "batch", "torch", "random", (3, 32, 32), 16, "-1..1"
         ),
     ):
         images, labels = work.load()
         for index in (0, 7):
-            image, label = fleet._Images(work)[index]
-            expected = fleet.scale(images[index], work.scaling)
+            image, label = peers._Images(work)[index]
+            expected = scale(images[index], work.scaling)
             torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
             assert label == int(labels[index])
 
 
 def test_an_epoch_has_every_image_at_most_once():
-    work = fleet.Work("", "mlp:8", 32, "sgd", 0.1, images=100)
+    work = Work("", "mlp:8", 32, "sgd", 0.1, images=100)
     batches = work.batches(0)
     first, second = (torch.cat(list(islice(batches, 3))) for _ in range(2))
     assert len(first.unique()) == len(second.unique()) == 96
@@ -141,22 +148,22 @@ def test_the_products_alone_are_those_of_forward_and_backward(replicas):
 
     for work in (TINY, CONVOLVED):
         with FlopCounterMode(display=False) as training:
-            call, steps = fleet.eager(work)
-            call()
+            peer = peers.eager(work)
+            peer.train()
         with FlopCounterMode(display=False) as alone:
-            call, replica_steps = fleet.products(work, replicas=replicas)
+            bare = peers.products(work, replicas=replicas)
             built = alone.get_total_flops()
-            call()
+            bare.train()
         ours, theirs = alone.get_total_flops() - built, training.get_total_flops()
-        assert ours / replica_steps == theirs / steps
+        assert ours / bare.steps == theirs / peer.steps
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_the_compiled_peer_trains_as_the_eager_one_does():
-    (eager, _), (compiled, _) = fleet.eager(TINY), fleet.compiled_eager(TINY)
+    eager, compiled = peers.eager(TINY), peers.compiled_eager(TINY)
     for _ in range(3):
-        assert math.isclose(compiled(), eager(), rel_tol=1e-3)
+        assert math.isclose(compiled.train(), eager.train(), rel_tol=1e-3)
 
 
 # In a process of its own, because JAX warns of every fork that its process makes later on. In
@@ -165,26 +172,28 @@ def test_the_compiled_peer_trains_as_the_eager_one_does():
 JAX_STEPS = """
 import jax, numpy as np, torch
 import torch.nn.functional as F
-from normlab.bench import fleet
+from normlab.bench import jax_peer, peers
+from normlab.bench.work import Work
 from normlab.data import SCALINGS
 
 jax.config.update("jax_enable_x64", True)
-work, replicas, steps = fleet.Work(**{fields!r}), {replicas}, 12
+work, replicas, steps = Work(**{fields!r}), {replicas}, 12
 images, labels = work.load()
 orders = [work.batches(seed) for seed in range(replicas)]
 batches = np.stack([[next(order).numpy() for order in orders] for _ in range(steps)])
-train = fleet.jax_trainer(work)
+train = jax_peer.jax_trainer(work)
 state = jax.tree.map(
     lambda each: each.astype(float) if each.dtype == np.float32 else each,
-    fleet.jax_state(work, replicas),
+    jax_peer.jax_state(work, replicas),
 )
 state, losses = train(state, images.numpy(), labels.numpy(), batches[: steps - 1])
 state, last = train(state, images.numpy(), labels.numpy(), batches[steps - 1 :])  # Without scan.
 losses = np.concatenate([losses, last])
+evaluated = jax_peer.jax_evaluator(work)(state, images.numpy(), labels.numpy())
 factor, offset = SCALINGS[work.scaling]
 for seed in range(replicas):
     network = work.build(seed).double()
-    optimizer = fleet._optimizer(work)(network.parameters(), lr=work.lr)
+    optimizer = peers.optimizer_of(work)(network.parameters(), lr=work.lr)
     for batch, theirs in zip(torch.from_numpy(batches[:, seed]), losses[:, seed]):
         x = images[batch].double() * factor + offset
         loss = F.cross_entropy(network(x), labels[batch])
@@ -196,6 +205,12 @@ for seed in range(replicas):
         kind = "parameters" if name in state["parameters"] else "buffers"
         ours = np.asarray(state[kind][name][seed])
         np.testing.assert_allclose(ours, value, rtol=1e-8, atol=1e-8, err_msg=name)
+    network.eval()
+    with torch.no_grad():
+        logits = network(images.double() * factor + offset)
+    loss, accuracy = (float(each[seed]) for each in evaluated)
+    np.testing.assert_allclose(loss, F.cross_entropy(logits, labels).item(), rtol=1e-8)
+    np.testing.assert_allclose(accuracy, (logits.argmax(1) == labels).double().mean().item())
 print("equal")
 """
 
@@ -206,7 +221,7 @@ print("equal")
     ("work", "replicas"),
     [
         (TINY, 3),
-        (fleet.Work("", "mlp:16,16", 32, "sgd", 0.1, images=320, scaling="-1..1"), 2),
+        (Work("", "mlp:16,16", 32, "sgd", 0.1, images=320, scaling="-1..1"), 2),
         (CONVOLVED, 1),
     ],
     ids=["mlp, Adam", "mlp, SGD", "lenet"],

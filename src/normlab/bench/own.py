@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normlab.bench.fleet import Peer, Work
+from normlab.bench.work import EVALUATED, Peer, Work
 from normlab.data import Dataset, Splits
 from normlab.processes import Workers
 from normlab.training import Engine, Fleet, Recipe, Replica
@@ -27,7 +27,10 @@ def own_fleets() -> Mapping[str, Callable[[Work], Peer]]:
 
 
 def _peer(size: int, work: Work) -> Peer:
-    return _Team(work, size), _STEPS * size
+    team = _Team(work, size)
+    return Peer(
+        team.train, _STEPS * size, team.evaluate, min(EVALUATED, work.images) * size, team.close
+    )
 
 
 class _Team:
@@ -36,14 +39,19 @@ class _Team:
     def __init__(self, work: Work, size: int) -> None:
         self.size, count = size, min(size, torch.get_num_threads())
         self.pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
-        self._advance(1)  # Tracing and compiling are not in the other peers' times either.
+        self._mean(_advance, 1)  # Tracing and compiling are not in the other peers' times either.
 
-    def __call__(self) -> float:
-        return self._advance(_STEPS) / self.size / _STEPS
+    def train(self) -> float:
+        """Make steps with every replica, and return their mean loss."""
+        return self._mean(_advance, _STEPS)
 
-    def _advance(self, steps: int) -> float:
-        answers = [pool.submit(_advance, steps) for pool in self.pools]
-        return sum(answer.result() for answer in answers)
+    def evaluate(self) -> float:
+        """Evaluate every replica, and return their mean loss."""
+        return self._mean(_evaluate)
+
+    def _mean(self, job: Callable[..., float], *arguments: int) -> float:
+        answers = [pool.submit(job, *arguments) for pool in self.pools]
+        return sum(answer.result() for answer in answers) / self.size
 
     def close(self) -> None:
         """End the processes."""
@@ -68,8 +76,9 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
         epochs=10,
     )
     images, labels = work.load()
-    train = {"train": torch.arange(len(images))}
-    splits = Splits(Dataset("benchmark", images, labels, len(images), classes=10), train)
+    indices = torch.arange(len(images))
+    parts = {"train": indices, "test": indices[:EVALUATED]}
+    splits = Splits(Dataset("benchmark", images, labels, len(images), classes=10), parts)
     passes: dict[Any, Any] = {}
 
     def build(replicas: Sequence[Replica], engine: Engine) -> Fleet:
@@ -77,12 +86,12 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
 
     choice = choose(recipe, splits, work.arm, "auto", size, build)
     replicas = [Replica(work.arm, work.lr, seed) for seed in range(worker, size, count)]
-    parts = [replicas[start : start + STACK] for start in range(0, len(replicas), STACK)]
-    _here["fleets"] = [build(part, choice.engine) for part in parts]
+    units = [replicas[start : start + STACK] for start in range(0, len(replicas), STACK)]
+    _here["fleets"] = [build(unit, choice.engine) for unit in units]
 
 
 def _advance(steps: int) -> float:
-    """Make steps with every replica of this process, and return their losses summed up."""
+    """Make steps with every replica of this process, and return the sum of their mean losses."""
     total = 0.0
     for fleet in _here["fleets"]:
         before = fleet.losses.sum()
@@ -90,5 +99,14 @@ def _advance(steps: int) -> float:
         if fleet.step % per_epoch + steps > per_epoch:
             fleet.step += per_epoch - fleet.step % per_epoch  # Into the next epoch.
         fleet.advance(fleet.step + steps)
-        total += float(fleet.losses.sum() - before)
+        total += float(fleet.losses.sum() - before) / steps
+    return total
+
+
+def _evaluate() -> float:
+    """Evaluate every replica of this process, and return the sum of their mean losses."""
+    total = 0.0
+    for fleet in _here["fleets"]:
+        found = fleet.evaluate(range(len(fleet.replicas)), fleet.splits.indices["test"])
+        total += sum(loss for loss, _ in found)
     return total
