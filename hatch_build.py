@@ -14,7 +14,7 @@ class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; without a compiler the wheel is pure, and torch's kernels do the work."""
         del version
-        native = runpy.run_path(str(Path(self.root, "src/normlab/layers/native/build.py")))
+        native = runpy.run_path(str(Path(self.root, "src/normlab/kernels/build.py")))
         try:
             library = native["build"]()
         except OSError as error:

@@ -1,7 +1,7 @@
 // Runs the kernels over many shapes, with the sanitizers that scripts/sanitize.py compiles in. Every
 // buffer is exactly as large as its tensor, so that a step past its end is seen.
 
-#include "../src/normlab/layers/native/batch_norm.cpp"
+#include "../src/normlab/kernels/batch_norm.cpp"
 
 #include <cstdio>
 #include <random>

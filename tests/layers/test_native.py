@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from normlab.kernels import build
 from normlab.layers import BatchNorm1d, BatchNorm2d, batch_norm, fused, native
 from normlab.layers.functional import activate, moments, normalize
-from normlab.layers.native import build
 
 ACTIVATIONS = [None, "relu", "leaky_relu", "sigmoid", "silu"]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -291,7 +291,7 @@ def test_a_build_without_a_compiler_says_so_and_leaves_no_trace(tmp_path):
         with pytest.raises(OSError, match=r"no C\+\+ compiler was found: install one"):
             build.build(library)
     assert list(tmp_path.iterdir()) == []
-    command = [sys.executable, "-m", "normlab.layers.native"]
+    command = [sys.executable, "-m", "normlab.kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("normlab: false")

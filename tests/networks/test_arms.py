@@ -31,13 +31,15 @@ def test_an_arm_prints_back_the_same(text):
 def test_an_arm_is_read_into_its_parts():
     arm = parse_arm("dropout:0.25+group:4@post")
     assert (arm.norm, arm.position, arm.dropout) == ("group:4", "post", 0.25)
-    assert parse_arm("plain").network == (None, "pre", 0.0)
+    assert parse_arm("plain").network == (None, "pre", 0.0, None)
+    assert parse_arm("bfloat16+batch").network == ("batch", "pre", 0.0, "bfloat16")
 
 
 def test_two_spellings_of_one_network_are_the_same_network():
     assert parse_arm("batch").network == parse_arm("batch@pre").network
     assert parse_arm("batch+dropout:0.5").network == parse_arm("dropout:.5+batch").network
     assert parse_arm("batch").network != parse_arm("torch-batch").network
+    assert parse_arm("batch").network != parse_arm("batch+bfloat16").network
 
 
 @pytest.mark.parametrize("text", ["batch", "torch-batch@post", "batch+dropout:0.5"])
@@ -64,6 +66,7 @@ def test_other_arms_do_not(text):
         ("batch@", "unknown position ''"),
         ("batch+layer", "two norms"),
         ("dropout:0.5+dropout:0.2", "two dropouts"),
+        ("batch+bfloat16+bfloat16", "says bfloat16 twice"),
         ("dropout", "between 0 and 1"),
         ("dropout:0", "between 0 and 1"),
         ("dropout:1", "between 0 and 1"),

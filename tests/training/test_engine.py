@@ -281,7 +281,7 @@ def test_engines_are_timed_once_and_remembered(monkeypatch):
     first, *rest = engine.run_replicas(recipe, replicas)
     assert isinstance(first, Choice)
     assert first.arm == "batch"
-    assert first.seconds.keys() == {"looped, traced", "stacked, traced"}
+    assert first.seconds.keys() == {"looped, native", "stacked, traced"}
     assert first.seconds[str(first.engine)] == min(first.seconds.values()) > 0
     monkeypatch.setattr("normlab.training.fleet.Fleet.time_step", None)  # So it cannot be called.
     again, *same = engine.run_replicas(recipe, replicas)
@@ -308,7 +308,7 @@ def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(mon
     replicas = [Replica("batch+dropout:0.5", 0.1, seed) for seed in range(2)]
     monkeypatch.setattr("normlab.training.choice._COMPILATION", 0.0)
     (first, *_) = engine.run_replicas(recipe, replicas, engine="looped")
-    assert first.seconds.keys() == {"looped, traced", "looped, compiled"}
+    assert first.seconds.keys() == {"looped, native", "looped, compiled"}
     compiled = Choice(first.arm, Engine("looped", "compiled"), {})
     fast = told(engine.run_replicas(recipe, replicas, chosen={first.arm: compiled}))
     slow = told(run_replicas(recipe, replicas))

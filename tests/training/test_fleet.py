@@ -14,7 +14,7 @@ from normlab.streams import stream
 from normlab.training import Engine, Fleet, Measurement, Outcome, Recipe, Replica, fleet
 
 EAGER, TRACED = Engine("looped", "eager"), Engine("looped", "traced")
-STACKED = Engine("stacked", "traced")
+STACKED, NATIVE = Engine("stacked", "traced"), Engine("looped", "native")
 ARMS = ["plain", "batch", "batch+dropout:0.5", "layer"]
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
 ADAM = {"optimizer": "adam", "weight_decay": 0.02}
@@ -172,11 +172,12 @@ def by_hand(replica, recipe, splits):
     ],
     ids=["sgd-whole", "sgd-all", "adam-whole", "adam-all"],
 )
+@pytest.mark.parametrize("engine", [TRACED, NATIVE], ids=str)
 @pytest.mark.parametrize("arm", ARMS)
-def test_training_is_the_textbooks_loop(splits, arm, fields):
+def test_training_is_the_textbooks_loop(splits, arm, engine, fields):
     recipe = Recipe(epochs=3, **fields)
     replica = Replica(arm, LR[recipe.optimizer], 7)
-    network, events = run(splits, recipe, *replica)
+    network, events = run(splits, recipe, *replica, engine=engine)
     reference, expected = by_hand(replica, recipe, splits)
     seen = measurements(events)
     assert [(m.step, m.epoch) for m in seen] == [(step, epoch) for step, epoch, _ in expected]
@@ -245,7 +246,7 @@ def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm,
         by_hand_in_double(splits, Replica(arm, lr, seed), recipe, 48)
         for seed, lr in enumerate(rates)
     ]
-    for engine in (TRACED, STACKED):
+    for engine in (TRACED, STACKED, NATIVE)[: 2 if arm == "rms" else 3]:
         states, losses = in_double(splits, arm, recipe, engine, rates, 48)
         for state, loss, (reference, total) in zip(states, losses, expected, strict=True):
             assert loss.item() == pytest.approx(total, rel=1e-6)  # Summed up in float32.
@@ -254,7 +255,7 @@ def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm,
                 torch.testing.assert_close(value, reference[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+@pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_no_replica_touches_another(splits, engine):
     recipe, arm = Recipe(epochs=1, **SGD), "batch+dropout:0.5"
     one, _ = in_double(splits, arm, recipe, engine, [0.01, 0.01, 0.01], 12)
@@ -265,7 +266,7 @@ def test_no_replica_touches_another(splits, engine):
         assert not same_bits(one[1], other[1])
 
 
-@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+@pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_a_replica_of_a_fleet_that_diverges_leaves_the_others_as_they_are(splits, engine):
     recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
 
@@ -280,7 +281,7 @@ def test_a_replica_of_a_fleet_that_diverges_leaves_the_others_as_they_are(splits
     assert [e[1:] for e in ill if e[0].seed == 1] == [("diverged", 6)]
 
 
-@pytest.mark.parametrize("engine", [EAGER, TRACED, STACKED], ids=str)
+@pytest.mark.parametrize("engine", [EAGER, TRACED, STACKED, NATIVE], ids=str)
 @pytest.mark.parametrize("fields", [{**SGD, "evaluate_every": 4}, ADAM], ids=["sgd", "adam"])
 def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path, engine, fields):
     recipe, arm = Recipe(epochs=3, drop_last=False, **fields), "batch+dropout:0.5"
@@ -305,7 +306,7 @@ def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path
         assert same_bits(second.state(r), whole.state(r))
 
 
-@pytest.mark.parametrize("engine", [TRACED, STACKED], ids=str)
+@pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_a_fleet_goes_on_without_the_replica_that_diverged(splits, tmp_path, engine):
     recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
     replicas = [Replica("plain", lr, 0) for lr in (0.1, 1e30)]

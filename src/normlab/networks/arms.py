@@ -1,7 +1,7 @@
 """Arms: the variants of a network under comparison, written in a small grammar.
 
-arm     = "plain" | part { "+" part }         at most one norm and one dropout
-part    = norm [ "@" position ] | "dropout:" probability
+arm     = "plain" | part { "+" part }         at most one of each kind
+part    = norm [ "@" position ] | "dropout:" probability | "bfloat16"
 norm    = "batch" | "torch-batch" | "layer" | "group:" groups | "instance" | "rms"
 position = "pre" | "post" | "input"           before (the default) or after the activation,
                                               or on the input of the layer
@@ -28,20 +28,22 @@ class Arm:
         norm: A name for `normlab.layers.norm_constructor`, or None.
         position: Where the norm stands: `pre` or `post` the activation, or on the layer's `input`.
         dropout: The probability with which a hidden activation is dropped.
+        precision: Of the matrix products in training, if the arm says it.
     """
 
     text: str
     norm: str | None = None
     position: str = "pre"
     dropout: float = 0.0
+    precision: str | None = None
 
     def __str__(self) -> str:
         return self.text
 
     @property
-    def network(self) -> tuple[str | None, str, float]:
+    def network(self) -> tuple[str | None, str, float, str | None]:
         """What the arm does to a network; two arms that agree in it are the same network."""
-        return self.norm, self.position, self.dropout
+        return self.norm, self.position, self.dropout, self.precision
 
     @property
     def needs_batches(self) -> bool:
@@ -56,14 +58,14 @@ def parse_arm(text: str) -> Arm:
         InputError: The text is not an arm; the message lists what is known.
 
     >>> parse_arm("batch@post+dropout:0.5")
-    Arm(text='batch@post+dropout:0.5', norm='batch', position='post', dropout=0.5)
+    Arm(text='batch@post+dropout:0.5', norm='batch', position='post', dropout=0.5, precision=None)
     >>> str(parse_arm("group:8"))
     'group:8'
     """
     if text == "plain":
         return Arm(text)
     norm: str | None = None
-    position, dropout = "pre", 0.0
+    position, dropout, precision = "pre", 0.0, None
     for part in text.split("+"):
         kind, _, argument = part.partition(":")
         if kind == "dropout":
@@ -71,14 +73,19 @@ def parse_arm(text: str) -> Arm:
                 raise InputError(f"arm {text!r} has two dropouts: one is allowed")
             dropout = _probability(text, argument)
             continue
+        if part == "bfloat16":
+            if precision:
+                raise InputError(f"arm {text!r} says bfloat16 twice: once is enough")
+            precision = part
+            continue
         if part == "plain":
             raise InputError(f"arm {text!r}: plain stands alone; leave it out, as in dropout:0.5")
         name, at, where = part.partition("@")
         if name.partition(":")[0] not in {known.partition(":")[0] for known in norm_names()}:
-            known = ["plain", *norm_names(), "dropout:0.5"]
+            known = ["plain", *norm_names(), "dropout:0.5", "bfloat16"]
             raise InputError(
                 f"unknown arm {text!r}{did_you_mean(name, known)}: known are "
-                f"{', '.join(known)}, a norm and a dropout joined with +, "
+                f"{', '.join(known)}, parts joined with +, "
                 f"and a norm's position {', '.join('@' + p for p in POSITIONS)}"
             )
         if norm is not None:
@@ -89,7 +96,7 @@ def parse_arm(text: str) -> Arm:
                 f"arm {text!r}: unknown position {where!r}, known are {', '.join(POSITIONS)}"
             )
         norm, position = name, where or "pre"
-    return Arm(text, norm, position, dropout)
+    return Arm(text, norm, position, dropout, precision)
 
 
 def _probability(text: str, argument: str) -> float:

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.files import replace
+from normlab.kernels import BUILT
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.program import cache_folder
 from normlab.training.recipe import Recipe, Replica
@@ -79,7 +81,7 @@ def choose(
         pass  # Nothing there, or nothing that can be read: it is timed anew.
     seconds: dict[Engine, float] = {}
 
-    def time(engine: Engine) -> None:
+    def time(engine: Engine) -> bool:
         width = min(fleet, STACK) if engine.kind == "stacked" else 1
         replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
         try:
@@ -89,9 +91,10 @@ def choose(
         except InputError:
             raise
         except Exception:  # Tracing and compiling fail in many ways: this engine is not for it.
-            return
+            pass
+        return engine in seconds
 
-    if kind != "stacked":
+    if kind != "stacked" and not time(Engine("looped", "native")):
         time(Engine("looped", "traced"))
     if kind == "stacked" or (kind == "auto" and fleet > 1):
         time(Engine("stacked", "traced"))
@@ -132,6 +135,7 @@ def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> 
         *(recipe.model_dump(mode="json", include=set(Recipe.model_fields)).items()),
         tuple(splits.dataset.images.shape),
         (arm, kind, fleet),
+        (version("normlab"), BUILT),
         (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

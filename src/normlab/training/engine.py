@@ -17,7 +17,7 @@ import torch
 from normlab.data import Splits, load, split
 from normlab.data.datasets import Dataset
 from normlab.errors import NormlabError
-from normlab.networks import build_network
+from normlab.networks import build_network, parse_arm
 from normlab.processes import SharedTensor, Workers
 from normlab.training.choice import STACK, Choice, choose
 from normlab.training.fleet import Engine, Fleet
@@ -147,7 +147,8 @@ def build_fleet(
         )
         for replica in replicas
     ]
-    return Fleet(networks, replicas, recipe, splits, engine, passes)
+    precision = parse_arm(replicas[0].arm).precision
+    return Fleet(networks, replicas, recipe, splits, engine, passes, precision)
 
 
 # ------------------------------------------------------------------------- who does it

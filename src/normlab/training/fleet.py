@@ -11,6 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +25,13 @@ from normlab.data import Splits, scale
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
+from normlab.training.lowering import Steps
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
 __all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
 
 EVALUATION_BATCH = 2000
+_SPAN = 50  # Steps in one call, in which nothing can interrupt it.
 
 
 class Engine(NamedTuple):
@@ -35,11 +39,12 @@ class Engine(NamedTuple):
 
     Attributes:
         kind: `looped`, one replica after another, or `stacked`, all in one operation.
-        code: `compiled` to machine code, `traced` and replayed, or `eager`, the module itself.
+        code: `native` by normlab's kernels, `compiled` to machine code, `traced` and replayed, or
+            `eager`, the module itself.
     """
 
     kind: Literal["looped", "stacked"]
-    code: Literal["compiled", "traced", "eager"]
+    code: Literal["native", "compiled", "traced", "eager"]
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.code}"
@@ -59,6 +64,7 @@ class Fleet:
         splits: What they are trained and evaluated on.
         engine: How.
         passes: Those made for other fleets of this recipe, by what they depend on; added to.
+        precision: Of matrix products and convolutions; the recipe's unless given.
     """
 
     def __init__(
@@ -69,9 +75,11 @@ class Fleet:
         splits: Splits,
         engine: Engine,
         passes: dict[Any, program.Pass] | None = None,
+        precision: str | None = None,
     ) -> None:
         self._passes = {} if passes is None else passes
         self.replicas, self.recipe, self.splits, self.engine = replicas, recipe, splits, engine
+        self.precision = precision or recipe.precision
         self.step, self.seconds = 0, 0.0
         self.events: list[Measurement | Outcome] = []
         self.network = networks[0]
@@ -145,15 +153,21 @@ class Fleet:
         self.advance(self.step + 1)
         best = math.inf
         for _ in range(rounds):
-            started = time.perf_counter()
-            self.advance(self.step + steps)
+            started, left = time.perf_counter(), steps
+            while left:
+                taken = min(left, self.steps_per_epoch - self.step % self.steps_per_epoch)
+                self.advance(self.step + taken)
+                left -= taken
             best = min(best, time.perf_counter() - started)
         return best / (steps * len(self.replicas))
 
     def agrees_with_the_module(self, steps: int = 3) -> bool:
         """Tell whether the pass returns what the module itself does, on some batches in turn."""
         size = self.recipe.batch_size
-        run, module = self._pass_for(size), self._make_pass(size, "eager")
+        module = self._make_pass(size, "eager", "float32")
+        # Rounded products agree with nothing; what is rounded is the trace that is looked at.
+        is_exact = self.precision == "float32"
+        run = self._pass_for(size) if is_exact else self._make_pass(size, "traced", "float32")
         one, other = ([each.clone() for each in self._example(size)[2:]] for _ in range(2))
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         train = self.splits.indices["train"]
@@ -230,12 +244,14 @@ class Fleet:
         key = (self.replicas[0].arm, self.engine, self._width, batch_size)
         if key not in self._passes:
             rare = batch_size != self.recipe.batch_size and self.engine.code == "compiled"
-            self._passes[key] = self._make_pass(batch_size, "traced" if rare else self.engine.code)
+            code = "traced" if rare else self.engine.code
+            self._passes[key] = self._make_pass(batch_size, code, self.precision)
         return self._passes[key]
 
-    def _make_pass(self, batch_size: int, code: str) -> program.Pass:
+    def _make_pass(self, batch_size: int, code: str, precision: str) -> program.Pass:
         example = self._example(batch_size)
-        return program.make(self.network, self._width, self.recipe.scaling, example, code)
+        scaling = self.recipe.scaling
+        return program.make(self.network, self._width, scaling, example, code, precision)
 
     def advance(self, stop: int) -> None:
         """Take steps, all of one epoch."""
@@ -248,36 +264,43 @@ class Fleet:
             self._advance_all(stop)
         else:
             # One after another: a replica's state stays in the cache for all of its steps.
+            advance = self._advance_natively if self.engine.code == "native" else self._advance_one
             for r in self.alive:
-                self._advance_one(r, stop)
+                advance(r, stop)
         self.step = stop
 
     def _advance_one(self, r: int, stop: int) -> None:
-        losses = []
-        shuffled, dropouts = self._shuffled[r], self._dropouts[r]
+        losses, shuffled = [], self._shuffled[r]
         for run, start, end in self._batches(stop):
-            batch = shuffled[start:end]
-            masks = [
-                dropout.draw(like[: end - start])
-                for dropout, like in zip(dropouts, self._masked, strict=True)
-            ]
+            batch, masks = shuffled[start:end], self._masks(r, end - start)
             loss, *gradients = run([*self._inputs[r], *masks, batch])
             self._optimizer.step(r, gradients)
             losses.append(loss)
         self.losses[r] += torch.stack(losses).sum()
 
+    def _advance_natively(self, r: int, stop: int) -> None:
+        for run, batches in groupby(self._batches(stop), itemgetter(0)):
+            assert isinstance(run, Steps)
+            while span := list(islice(batches, _SPAN)):
+                (_, start, end), last = span[0], span[-1][2]
+                masks = [self._masks(r, end - start) for _ in span]
+                fed = [torch.stack(each) for each in zip(*masks, strict=True)]
+                fed.append(self._shuffled[r, start:last].view(len(span), -1))
+                self.losses[r] += run.train(self._inputs[r], fed, self._optimizer, r)
+
     def _advance_all(self, stop: int) -> None:
         for run, start, end in self._batches(stop):
             batch = self._shuffled[:, start:end].contiguous()
-            masks = [
-                torch.stack(
-                    [dropouts[place].draw(like[: end - start]) for dropouts in self._dropouts]
-                )
-                for place, like in enumerate(self._masked)
-            ]
-            losses, *gradients = run([*self._inputs[0], *masks, batch])
+            masks = [self._masks(r, end - start) for r in range(len(self.replicas))]
+            stacked = [torch.stack(each) for each in zip(*masks, strict=True)]
+            losses, *gradients = run([*self._inputs[0], *stacked, batch])
             self._optimizer.step_all(gradients)
             self.losses += losses
+
+    def _masks(self, r: int, size: int) -> list[Tensor]:
+        """Draw a replica's dropout masks for a batch."""
+        layers = zip(self._dropouts[r], self._masked, strict=True)
+        return [dropout.draw(like[:size]) for dropout, like in layers]
 
     def _batches(self, stop: int) -> Iterator[tuple[program.Pass, int, int]]:
         """Yield the pass and the place of each batch in the shuffled epoch."""

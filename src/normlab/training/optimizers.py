@@ -11,7 +11,9 @@ from torch import Tensor
 
 from normlab.training.recipe import Recipe
 
-__all__ = ["Optimizer", "make"]
+__all__ = ["BETAS", "EPS", "Columns", "Optimizer", "make"]
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # Of Adam, as in torch.
 
 
 def make(recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]) -> Optimizer:
@@ -25,7 +27,7 @@ def make(recipe: Recipe, parameters: Sequence[Tensor], rates: Sequence[float]) -
     return (_SGD if recipe.optimizer == "sgd" else _Adam)(recipe, parameters, rates)
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """What a fused kernel takes: lists with a tensor for each parameter."""
 
     parameters: list[Tensor]
@@ -49,7 +51,7 @@ class Optimizer(ABC):
         self.moments = [[torch.zeros_like(p) for p in parameters] for _ in range(moments)]
         self.state = [self.steps, *(each for moment in self.moments for each in moment)]
         self._each = [
-            _Columns(
+            Columns(
                 [each[r] for each in parameters],
                 [],
                 [[each[r] for each in moment] for moment in self.moments],
@@ -63,7 +65,7 @@ class Optimizer(ABC):
         for lr in dict.fromkeys(rates):
             members = [r for r, rate in enumerate(rates) if rate == lr]
             joined = [self._each[r] for r in members]
-            columns = _Columns(
+            columns = Columns(
                 [each for columns in joined for each in columns.parameters],
                 [],
                 [
@@ -73,6 +75,10 @@ class Optimizer(ABC):
                 [each for columns in joined for each in columns.steps],
             )
             self._groups.append((members, lr, columns))
+
+    def columns(self, replica: int) -> Columns:
+        """Return a replica's parameters, moments and count of steps, without gradients."""
+        return self._each[replica]
 
     def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
         """Move one replica; gradients without a first axis for it."""
@@ -93,7 +99,7 @@ class Optimizer(ABC):
         """Return how many tensors are kept for each parameter."""
 
     @abstractmethod
-    def _move(self, columns: _Columns, lr: float) -> None:
+    def _move(self, columns: Columns, lr: float) -> None:
         """Let torch's kernel do it."""
 
 
@@ -101,7 +107,7 @@ class _SGD(Optimizer):
     def _moments(self) -> int:
         return 1 if self.recipe.momentum else 0
 
-    def _move(self, columns: _Columns, lr: float) -> None:
+    def _move(self, columns: Columns, lr: float) -> None:
         torch._fused_sgd_(
             columns.parameters,
             columns.gradients,
@@ -120,7 +126,7 @@ class _Adam(Optimizer):
     def _moments(self) -> int:
         return 2
 
-    def _move(self, columns: _Columns, lr: float) -> None:
+    def _move(self, columns: Columns, lr: float) -> None:
         torch._fused_adam_(
             columns.parameters,
             columns.gradients,
@@ -129,10 +135,10 @@ class _Adam(Optimizer):
             [],
             columns.steps,
             lr=lr,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
             weight_decay=self.recipe.weight_decay,
-            eps=1e-8,
+            eps=EPS,
             amsgrad=False,
             maximize=False,
         )

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normlab.data import scale
+from normlab.errors import InputError
 from normlab.layers import Dropout
+from normlab.training.lowering import lower
 
 __all__ = ["Pass", "cache_folder", "dropouts_of", "dropped", "make"]
+
+aten = torch.ops.aten
 
 Pass = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes a list of images, labels, parameters, buffers, dropout masks and indices; moves the
@@ -87,8 +91,45 @@ class _Pass(nn.Module):
         return F.cross_entropy(logits, y)
 
 
+class _InBfloat16(fx.Interpreter):
+    """Runs a traced pass with its matrix products and convolutions in bfloat16, and no more.
+
+    What they read is rounded; what they return goes on in the type that it had. Biases are added,
+    and their gradients summed up, in that type too.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Do what a node says."""
+        if target in (aten.addmm.default, aten.baddbmm.default):
+            bias, *factors = args
+            product = aten.mm.default if target == aten.addmm.default else aten.bmm.default
+            return bias + self.call_function(product, tuple(factors), kwargs)
+        if target in (aten.mm.default, aten.bmm.default):
+            return target(*map(_rounded, args), **kwargs).to(args[0].dtype)
+        if target == aten.convolution.default:
+            x, weight, bias, *options = args
+            y = target(_rounded(x), _rounded(weight), None, *options).to(x.dtype)
+            return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
+        if target == aten.convolution_backward.default:
+            grad, x, weight, *options, (by_x, by_weight, by_bias) = args
+            rounded = map(_rounded, (grad, x, weight))
+            gradients = target(*rounded, *options, [by_x, by_weight, False])[:2]
+            wide = (each if each is None else each.to(x.dtype) for each in gradients)
+            return *wide, grad.sum([0, *range(2, x.ndim)]) if by_bias else None
+        return super().call_function(target, args, kwargs)
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16)
+
+
 def make(
-    network: nn.Module, width: int, scaling: str, tensors: Sequence[Tensor], code: str
+    network: nn.Module,
+    width: int,
+    scaling: str,
+    tensors: Sequence[Tensor],
+    code: str,
+    precision: str = "float32",
 ) -> Pass:
     """Return the pass of `width` replicas.
 
@@ -99,20 +140,33 @@ def make(
         scaling: A key of `normlab.data.SCALINGS`.
         tensors: Examples of what the pass takes.
         code: `eager` to call the module anew every time, `traced` to replay the operations that it
-            did once, `compiled` to have them compiled to machine code.
+            did once, `compiled` to have them compiled to machine code, `native` to have them done
+            by normlab's kernels.
+        precision: `bfloat16` to have matrix products and convolutions so; not with `eager`.
 
     Raises:
+        InputError: The precision cannot be had.
+        NotLoweredError: There is no kernel for something that the network does.
         Exception: The network cannot be traced or compiled; torch has many ways to say so.
     """
     eager = _Pass(network, width, scaling)
     if code == "eager":
+        if precision != "float32":
+            raise InputError(
+                f"precision {precision} needs a network that does the same operations in every "
+                "step, so that they can be recorded: use float32"
+            )
         return lambda tensors: eager(*tensors)
     traced = make_fx(eager, tracing_mode="fake")(*tensors)
+    if precision == "bfloat16":
+        traced = make_fx(_InBfloat16(traced).run, tracing_mode="fake")(*tensors)
     for node in traced.graph.nodes:  # Autograd detaches what it saves, which nobody asks for here.
         if node.op == "call_function" and node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
     traced.graph.eliminate_dead_code()
     traced.recompile()
+    if code == "native":
+        return lower(traced.graph, tensors)
     if code == "compiled":
         return _compiled(traced, tensors)
 

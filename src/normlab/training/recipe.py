@@ -91,12 +91,17 @@ class Recipe(BaseModel):
         True,
         description="Leave out an epoch's last, smaller batch: its statistics are noisier.",
     )
+    precision: str = Field(
+        "float32",
+        description="Of training's matrix products and convolutions: float32, or bfloat16, all "
+        "else and the weights in float32; an arm's own goes first, as in batch+bfloat16.",
+    )
     epochs: int = Field(10, ge=1, description="Times that the training set is seen.")
     evaluate_every: int = Field(
         0, ge=0, description="Evaluate every so many steps too; 0 for the ends of epochs alone."
     )
 
-    @field_validator("dataset", "scaling", "activation", "init", "optimizer")
+    @field_validator("dataset", "scaling", "activation", "init", "optimizer", "precision")
     @classmethod
     def _is_known(cls, value: str, info: ValidationInfo) -> str:
         known = {
@@ -105,6 +110,7 @@ class Recipe(BaseModel):
             "activation": list(ACTIVATIONS),
             "init": list(INITS),
             "optimizer": ["adam", "sgd"],
+            "precision": ["float32", "bfloat16"],
         }[str(info.field_name)]
         if value not in known:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Compiles the kernels, for `python -m normlab.layers.native` and for the build of the package.
+"""Compiles the kernels, for `python -m normlab.kernels` and for the build of the package.
 
 Only the standard library and a C++ compiler are needed: the package is built before anything else
 is installed.
@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
-__all__ = ["LIBRARY", "SOURCE", "build", "instruction_sets"]
+__all__ = ["LIBRARY", "SOURCES", "build", "instruction_sets"]
 
-SOURCE = Path(__file__).with_name("batch_norm.cpp")
-LIBRARY = Path(__file__).with_name("_batch_norm.so")
+SOURCES = [Path(__file__).with_name(name) for name in ("batch_norm.cpp", "steps.cpp")]
+LIBRARY = Path(__file__).with_name("_kernels.so")
 
 _FLAGS = [
     *("-std=c++17", "-fPIC", "-Wall", "-Wextra"),
@@ -58,17 +59,18 @@ def build(library: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
     else:
         flags.append("-fvect-cost-model=dynamic")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects = {name: str(Path(folder, f"{name}.o")) for name in instruction_sets()}
 
-        def compile_for(name: str) -> None:
-            suffix = f"-DNORMLAB_SUFFIX={name}"
-            options = [*flags, *instruction_sets()[name], suffix, "-c", str(SOURCE)]
-            _run([*compiler, *options, "-o", objects[name]])
+        def compile_for(task: tuple[Path, str]) -> str:
+            source, name = task
+            compiled = str(Path(folder, f"{source.stem}.{name}.o"))
+            options = [*flags, *instruction_sets()[name], f"-DNORMLAB_SUFFIX={name}"]
+            _run([*compiler, *options, "-c", str(source), "-o", compiled])
+            return compiled
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(compile_for, objects))
+            objects = list(pool.map(compile_for, product(SOURCES, instruction_sets())))
         linked = Path(folder, library.name)
-        _run([*compiler, "-shared", *objects.values(), *flags, "-o", str(linked)])
+        _run([*compiler, "-shared", *objects, *flags, "-o", str(linked)])
         linked.replace(library)
     return library
 

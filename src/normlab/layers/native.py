@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.layers.native.build import LIBRARY
+from normlab.kernels import ACTIVATIONS, BUILT, kernel
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,17 +23,12 @@ __all__ = [
     "warn_once",
 ]
 
-ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "silu": 4}
-
 ARITHMETIC = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float64: torch.float64,
 }
 """The dtypes of values that there are kernels for, with that of what is kept for a channel."""
-
-BUILT = LIBRARY.exists()
-"""Whether there are kernels to call."""
 
 _DTYPES = {dtype: number for number, dtype in enumerate(ARITHMETIC)}
 _int, _size, _real, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
@@ -48,20 +43,14 @@ def warn_once() -> None:
     """Say how to get the kernels."""
     warnings.warn(
         "normlab's fast kernels are not built, so torch's do the work: install a C++ compiler, and "
-        "run python -m normlab.layers.native",
+        "run python -m normlab.kernels",
         stacklevel=2,
     )
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> tuple[Any, Any]:
-    """Load the library when it is first needed."""
-    library = ctypes.CDLL(str(LIBRARY))
-    name = "v3" if library.normlab_runs_v3_base() else "base"
-    forward, backward = library[f"normlab_forward_{name}"], library[f"normlab_backward_{name}"]
-    forward.argtypes, forward.restype = _FORWARD, None
-    backward.argtypes, backward.restype = _BACKWARD, None
-    return forward, backward
+    return kernel("normlab_forward", _FORWARD), kernel("normlab_backward", _BACKWARD)
 
 
 def memory_format(input: Tensor) -> torch.memory_format:

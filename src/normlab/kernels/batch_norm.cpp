@@ -12,21 +12,14 @@
 // more than a standard deviation, the sums are taken again around the mean. So no digits cancel.
 // How the work is cut into chunks depends on the shape alone, and chunks are added up in order: the
 // number of threads does not change a bit of the result.
-//
-// No header of torch is included; the caller hands over raw pointers. The file is compiled once for
-// each instruction set, with NORMLAB_SUFFIX naming it.
+
+#include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
-
-#ifndef NORMLAB_SUFFIX
-#define NORMLAB_SUFFIX base
-#endif
-#define NORMLAB_JOIN(name, suffix) name##_##suffix
-#define NORMLAB_NAME(name, suffix) NORMLAB_JOIN(name, suffix)
 
 #define NORMLAB_NOINLINE __attribute__((noinline))  // One copy each keeps the build short.
 
@@ -75,30 +68,6 @@ inline void narrow(float value, bfloat16& out) {  // To nearest, ties to even; N
   const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   out.bits = static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40 : rounded);
-}
-
-inline double exponential(double x) { return std::exp(x); }
-// The C library's expf cannot be vectorized; 2^n * polynomial can. Relative error below 2e-7.
-inline float exponential(float x) {
-  x = x > 89.0f ? 89.0f : x;  // Infinite from here on. Written so that NaN passes.
-  x = x < -87.0f ? -87.0f : x;
-  const float magic = 12582912.0f;  // Adding 1.5 * 2^23 rounds to a whole number.
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  std::int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = static_cast<std::int32_t>(static_cast<std::uint32_t>(bits + 127) << 23);
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
 }
 
 // What follows the normalization, and its derivative. NaN passes through, as in torch. A residual can
@@ -701,9 +670,6 @@ void backward_rows(const Backward<T, Act>& p) {
 
 // ------------------------------------------------------------------------- dispatch
 
-enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
-enum Activation { kIdentity = 0, kReLU = 1, kLeakyReLU = 2, kSigmoid = 3, kSiLU = 4 };
-
 template <class Run>
 void with_activation(int activation, double negative_slope, Run run) {
   switch (activation) {
@@ -729,7 +695,7 @@ void with_dtype(int dtype, Run run) {
 extern "C" {
 
 // Whether this processor runs code compiled for x86-64-v3. To be asked of the base build.
-int NORMLAB_NAME(normlab_runs_v3, NORMLAB_SUFFIX)() {
+int NORMLAB_NAME(normlab_runs_v3)() {
 #ifdef __x86_64__
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi2");
@@ -738,10 +704,7 @@ int NORMLAB_NAME(normlab_runs_v3, NORMLAB_SUFFIX)() {
 #endif
 }
 
-// Pointers are null where their tensor is absent: residual, weight, bias, and in training the running
-// statistics, which else move by `momentum`. `statistics` receives what was normalized by: R * C
-// means, then as many biased variances.
-void NORMLAB_NAME(normlab_forward, NORMLAB_SUFFIX)(
+void NORMLAB_NAME(normlab_forward)(
     int dtype, int interleaved, int64_t R, int64_t N, int64_t C, int64_t S, const void* x,
     const void* residual, const void* weight, const void* bias, void* running_mean,
     void* running_var, double momentum, double eps, int activation, double negative_slope,
@@ -761,9 +724,7 @@ void NORMLAB_NAME(normlab_forward, NORMLAB_SUFFIX)(
   });
 }
 
-// `y` and `grad_residual` belong together: the output of a forward pass that had a residual.
-// `grad_weight` and `grad_bias` may be null. In training the statistics are functions of x.
-void NORMLAB_NAME(normlab_backward, NORMLAB_SUFFIX)(
+void NORMLAB_NAME(normlab_backward)(
     int dtype, int interleaved, int64_t R, int64_t N, int64_t C, int64_t S, const void* grad,
     const void* x, const void* y, const void* weight, const void* bias, const double* statistics,
     double eps, int activation, double negative_slope, int training,

@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from normlab import BatchNorm1d
+from normlab.data import load
+from normlab.kernels import BUILT
+from normlab.training import Recipe, lowering, optimizers, program
+from normlab.training.lowering import NotLoweredError
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="the kernels are not built")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("mnist").images[:200], load("mnist").labels[:200]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(784, 6), nn.Linear(6, 6), nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        return self.last(x + torch.tanh(self.inner(x)) * x)
+
+
+def mlp(*layers):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), *layers, nn.Linear(12, 10))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # No scale is 1 and no shift is 0.
+    return network
+
+
+def arguments(network, data, batch):
+    state = [each.detach() for each in (*network.parameters(), *network.buffers())]
+    return [*data, *(each.clone() for each in state), batch]
+
+
+def both(network, data, scaling="0..1", size=32):
+    """What the module and the kernels return for a batch, and what they make of the buffers."""
+    results = []
+    for code in ("eager", "native"):
+        batch = torch.arange(7, 7 + size)
+        tensors = arguments(network.train(), data, batch)
+        run = program.make(copy.deepcopy(network), 1, scaling, tensors, code)
+        results.append([*run(tensors), *tensors])
+    return results
+
+
+NETWORKS = {
+    "relu": lambda: mlp(nn.ReLU()),
+    "leaky relu": lambda: mlp(nn.LeakyReLU(0.2)),
+    "sigmoid": lambda: mlp(nn.Sigmoid()),
+    "tanh": lambda: mlp(nn.Tanh()),
+    "silu": lambda: mlp(nn.SiLU()),
+    "batch norm": lambda: mlp(BatchNorm1d(12)),
+    "stock batch norm": lambda: mlp(nn.BatchNorm1d(12, momentum=0.3, eps=0.1)),
+    "batch norm, no affine": lambda: mlp(BatchNorm1d(12, affine=False)),
+    "batch norm, no statistics": lambda: mlp(BatchNorm1d(12, track_running_stats=False)),
+    "layer norm": lambda: mlp(nn.LayerNorm(12, eps=0.1)),
+    "layer norm, no affine": lambda: mlp(nn.LayerNorm(12, elementwise_affine=False)),
+    "group norm": lambda: mlp(nn.GroupNorm(3, 12)),
+    "group norm, no affine": lambda: mlp(nn.GroupNorm(3, 12, affine=False)),
+    "no bias": lambda: mlp(nn.Linear(12, 12, bias=False)),
+    "residual": Residual,
+}
+
+
+@pytest.mark.parametrize("scaling", ["0..1", "-1..1"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_kernels_do_what_the_module_does(data, name, scaling):
+    network = NETWORKS[name]()
+    expected, found = both(network.double(), data, scaling)
+    assert len(expected) == len(found)
+    # Images are scaled in float32 in any case, and there a fused product and sum round once.
+    tolerance = 1e-11 if scaling == "0..1" else 1e-6
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    expected, found = both(network.float(), data, scaling)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "sigmoid", "silu"])
+def test_batch_norm_of_large_layers_and_its_activation(data, activation):
+    torch.manual_seed(0)  # 32 x 1024 values are worth normlab's own operator.
+    norm = BatchNorm1d(1024, activation=activation)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 1024), norm, nn.Linear(1024, 10))
+    expected, found = both(network, data)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_results_are_the_callers_own(data):
+    network = mlp(nn.ReLU())
+    tensors = arguments(network, data, torch.arange(8))
+    run = program.make(network, 1, "0..1", tensors, "native")
+    first = run(tensors)
+    kept = [each.clone() for each in first]
+    run([*tensors[:-1], torch.arange(8, 16)])
+    assert all(a.equal(b) for a, b in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+@pytest.mark.parametrize(
+    "fields",
+    [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"}],
+    ids=str,
+)
+def test_steps_move_parameters_as_torch_optim_does(data, fields, decay):
+    recipe = Recipe(weight_decay=decay, **fields)
+    network = mlp(nn.Tanh()).double()
+    batches = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:128].view(4, 32)
+    stacked = [each.detach().clone().unsqueeze(0) for each in network.parameters()]
+    optimizer = optimizers.make(recipe, stacked, [0.05])
+    state = [*data, *(each[0] for each in stacked)]
+    run = program.make(network, 1, "0..1", [*state, batches[0]], "native")
+    total = run.train(state, [batches[:3]], optimizer, 0)
+    total += run.train(state, [batches[3:]], optimizer, 0)
+    more = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+    kind = torch.optim.SGD if recipe.optimizer == "sgd" else torch.optim.Adam
+    reference = kind(network.parameters(), 0.05, weight_decay=decay, foreach=False, **more)
+    expected = 0.0
+    for batch in batches:
+        x = (data[0][batch].float() * (1 / 255)).double()
+        loss = nn.functional.cross_entropy(network(x), data[1][batch])
+        reference.zero_grad()
+        loss.backward()
+        reference.step()
+        expected += loss.item()
+    assert total == pytest.approx(expected, rel=1e-12)
+    assert optimizer.steps.tolist() == [4.0]
+    for ours, theirs in zip(stacked, network.parameters(), strict=True):
+        torch.testing.assert_close(ours[0], theirs.detach(), rtol=1e-11, atol=1e-13)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.ReLU6(), "hardtanh"),
+        (Function(lambda x: x + x[:1]), None),
+        (Function(lambda x: x - x.mean(0)), None),
+        (Function(lambda x: x.view(-1, 3, 4).transpose(1, 2).flatten(1)), None),
+        (Function(lambda x: x.softmax(0)), None),
+        (Function(lambda x: 2 * x), None),
+        (nn.Sequential(nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3), nn.Flatten()), None),
+        (nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LayerNorm(4), nn.Flatten()), None),
+        (nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 12, 2), nn.Flatten()), "conv"),
+        (nn.BatchNorm1d(12).eval(), None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_there_is_no_kernel_for_is_refused(data, layer, reason):
+    network = mlp(layer)
+    if isinstance(layer, nn.BatchNorm1d) and not layer.training:
+        layer.train = lambda _: layer  # Frozen for good.
+    tensors = arguments(network, data, torch.arange(32))
+    with pytest.raises(NotLoweredError, match=reason):
+        program.make(network, 1, "0..1", tensors, "native")
+
+
+def test_weights_in_another_order_and_missing_kernels_are_refused(data, monkeypatch):
+    network = mlp(nn.ReLU())
+    tensors = arguments(network, data, torch.arange(32))
+    turned = [each.T.contiguous().T if each.ndim == 2 else each for each in tensors]
+    with pytest.raises(NotLoweredError, match="argument 2 does not lie in memory in rows"):
+        program.make(network, 1, "0..1", turned, "native")
+    monkeypatch.setattr(lowering, "BUILT", False)
+    with pytest.raises(NotLoweredError, match="the kernels are not built"):
+        program.make(network, 1, "0..1", tensors, "native")
