@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from normlab.data import load, scale, split
+from normlab.data import gather, load, scale, split, splits
 from normlab.errors import InputError
 
 
@@ -38,3 +38,23 @@ def test_scaling_reaches_both_ends():
     assert scale(bytes_, "0..1").tolist() == pytest.approx([0, 0.2, 1])
     assert scale(bytes_, "-1..1").tolist() == pytest.approx([-1, -0.6, 1])
     assert bytes_.tolist() == [0, 51, 255]
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("scaling", ["0..1", "-1..1"])
+def test_images_are_gathered_and_scaled_as_one_after_the_other(monkeypatch, built, scaling):
+    monkeypatch.setattr(splits, "BUILT", built and splits.BUILT)
+    images = load("mnist").images[:50]
+    indices = torch.tensor([49, 0, 7, 7])
+    expected = scale(images[indices], scaling)
+    # A product and a sum may be rounded once.
+    torch.testing.assert_close(gather(images, indices, scaling), expected, rtol=0, atol=2e-7)
+    turned = images.transpose(2, 3)
+    assert gather(turned, indices, scaling).equal(scale(turned[indices], scaling))
+    assert gather(images, indices[:0], scaling).shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize("index", [50, -51])
+def test_an_image_that_is_not_there_is_an_error(index):
+    with pytest.raises(IndexError):
+        gather(load("mnist").images[:50], torch.tensor([3, index]), "0..1")

@@ -18,7 +18,7 @@ from normlab.training.engine import build_fleet
 __all__ = ["SIZES", "own_fleets"]
 
 SIZES = (1, 10, 50)
-_STEPS = 20
+_STEPS = 100  # In a call, those of all replicas counted, and at least 20 of each.
 
 
 def own_fleets() -> Mapping[str, Callable[[Work], Peer]]:
@@ -27,23 +27,22 @@ def own_fleets() -> Mapping[str, Callable[[Work], Peer]]:
 
 
 def _peer(size: int, work: Work) -> Peer:
-    team = _Team(work, size)
-    return Peer(
-        team.train, _STEPS * size, team.evaluate, min(EVALUATED, work.images) * size, team.close
-    )
+    team, images = _Team(work, size), min(EVALUATED, work.images)
+    return Peer(team.train, team.steps * size, team.evaluate, images * size, team.close)
 
 
 class _Team:
     """A fleet shared among as many processes as there are threads, one thread each."""
 
     def __init__(self, work: Work, size: int) -> None:
-        self.size, count = size, min(size, torch.get_num_threads())
+        self.size, self.steps = size, max(20, _STEPS // size)
+        count = min(size, torch.get_num_threads())
         self.pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
         self._mean(_advance, 1)  # Tracing and compiling are not in the other peers' times either.
 
     def train(self) -> float:
         """Make steps with every replica, and return their mean loss."""
-        return self._mean(_advance, _STEPS)
+        return self._mean(_advance, self.steps)
 
     def evaluate(self) -> float:
         """Evaluate every replica, and return their mean loss."""

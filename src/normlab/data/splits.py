@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normlab.data.datasets import Dataset
 from normlab.errors import InputError
+from normlab.kernels import BUILT, kernel
 from normlab.streams import stream
 
-__all__ = ["SCALINGS", "Splits", "scale", "split"]
+__all__ = ["SCALINGS", "Splits", "gather", "scale", "split"]
 
 SCALINGS = {"0..1": (1 / 255, 0.0), "-1..1": (2 / 255, -1.0)}
 """What a scaling does to a byte: the factor and the offset."""
@@ -59,6 +63,44 @@ def split(dataset: Dataset, validation: int) -> Splits:
     indices = {"train": rest, "validation": held_out} if validation else {"train": rest}
     indices["test"] = torch.arange(dataset.train_size, len(dataset.images))
     return Splits(dataset, indices)
+
+
+def gather(images: Tensor, indices: Tensor, scaling: str) -> Tensor:
+    """Return some images as float32, in one pass over them where there is a kernel for it.
+
+    Args:
+        images: uint8, shape (N, …).
+        indices: int64, shape (n,).
+        scaling: A key of `SCALINGS`.
+
+    Returns:
+        Shape (n, …); that of `scale(images[indices], scaling)` up to roundings.
+
+    >>> gather(torch.tensor([[0], [51], [255]], dtype=torch.uint8), torch.tensor([1, 2]), "0..1")
+    tensor([[0.2000],
+            [1.0000]])
+    """
+    plain = images.is_contiguous() and indices.is_contiguous() and images.device.type == "cpu"
+    if not (BUILT and plain):
+        return scale(images[indices], scaling)
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
+        raise IndexError(f"indices reach from {indices.min()} to {indices.max()}")
+    out = torch.empty(len(indices), *images.shape[1:])
+    _gather()(
+        len(indices),
+        images[:1].numel(),
+        images.data_ptr(),
+        indices.data_ptr(),
+        *SCALINGS[scaling],
+        out.data_ptr(),
+    )
+    return out
+
+
+@lru_cache(maxsize=1)
+def _gather() -> Any:
+    size, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    return kernel("normlab_gather", [size, size, pointer, pointer, real, real, pointer])
 
 
 def scale(images: Tensor, scaling: str) -> Tensor:

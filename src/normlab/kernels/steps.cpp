@@ -357,6 +357,14 @@ double take(const Instruction* program, int64_t count, void** table, const Feed*
 
 extern "C" {
 
+// The rows of `images` that `indices` names, scaled.
+void NORMLAB_NAME(normlab_gather)(int64_t count, int64_t pixels, const std::uint8_t* images,
+                                  const int64_t* indices, double factor, double offset,
+                                  float* out) {
+  gather(count, pixels, images, indices, static_cast<float>(factor), static_cast<float>(offset),
+         out);
+}
+
 // Takes steps and returns the sum of their losses. `loss` is the place of one step's. Without an
 // update the parameters stay. `gemm` is BLAS's, for float or for double, as `wide` says.
 double NORMLAB_NAME(normlab_take_steps)(const Instruction* program, int64_t count, void** table,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from normlab.data import Splits, scale
+from normlab.data import Splits, gather
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
@@ -236,7 +236,7 @@ class Fleet:
         ]
 
     def _dropped(self, batch: Tensor) -> list[Tensor]:
-        x = scale(self.splits.dataset.images[batch], self.recipe.scaling)
+        x = gather(self.splits.dataset.images, batch, self.recipe.scaling)
         return program.dropped(self.network, x.to(self._parameters[0].dtype))
 
     def _pass_for(self, batch_size: int) -> program.Pass:
@@ -397,7 +397,7 @@ def evaluate(
     loss = torch.zeros(len(networks), dtype=torch.float64)
     correct = torch.zeros(len(networks), dtype=torch.float64)
     for batch in indices.split(EVALUATION_BATCH):
-        x, y = scale(images[batch], scaling).to(dtype), labels[batch]
+        x, y = gather(images, batch, scaling).to(dtype), labels[batch]
         for i, network in enumerate(networks):
             logits = network(x)
             loss[i] += F.cross_entropy(logits, y, reduction="sum")
