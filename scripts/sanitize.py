@@ -13,9 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("sanitize.cpp")
+HERE = Path(__file__).parent
+KERNELS = HERE.parent / "src/normlab/kernels/batch_norm.cpp"
+PROGRAMS = {"batch norm": [HERE / "sanitize.cpp"], "steps": [HERE / "sanitize_steps.cpp", KERNELS]}
 SANITIZERS = {
     "address,undefined": {},
     # The runtime of OpenMP is not instrumented; its tool, Archer, reports what it synchronizes.
@@ -30,13 +33,13 @@ def main() -> None:
     if compiler is None:
         sys.exit("sanitize: clang++ was not found: install clang and libomp-dev")
     flags = ["-std=c++17", "-g", "-O1", "-fopenmp", "-fno-sanitize-recover=all", "-Wno-pass-failed"]
-    for sanitizer, options in SANITIZERS.items():
+    for (sanitizer, options), (name, sources) in product(SANITIZERS.items(), PROGRAMS.items()):
         with tempfile.TemporaryDirectory() as folder:
             program = str(Path(folder, "sanitize"))
-            command = [compiler, *flags, f"-fsanitize={sanitizer}", str(SOURCE), "-o", program]
-            subprocess.run(command, check=True)
+            command = [compiler, *flags, f"-fsanitize={sanitizer}", *map(str, sources)]
+            subprocess.run([*command, "-o", program], check=True)
             done = subprocess.run([program], env=os.environ | options, check=False)
-        print(f"{sanitizer}: {'failed' if done.returncode else 'nothing found'}")
+        print(f"{name}, {sanitizer}: {'failed' if done.returncode else 'nothing found'}")
         if done.returncode:
             sys.exit(1)
 

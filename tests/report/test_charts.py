@@ -5,14 +5,15 @@ from scipy import stats
 from normlab.errors import InputError
 from normlab.report import CHARTS, chart
 from normlab.report.charts import colors
+from normlab.training import Replica, Setting
 
-BATCH_SEED_2 = ("batch", 0.01, 2)
+BATCH_SEED_2 = Replica("batch", 0.01, 2)
 CASES = {
     "one arm": {"arms": ["batch"]},
     "one seed": {"seeds": 1},
     "no validation data": {"validation": 0},
     "nothing done yet": {"missing": lambda _: True},
-    "one replica is done": {"missing": lambda replica: replica != ("plain", 0.01, 0)},
+    "one replica is done": {"missing": lambda replica: replica != Replica("plain", 0.01, 0)},
     "all diverged": {"diverged": lambda _: True},
 }
 
@@ -169,7 +170,7 @@ def test_an_arm_of_which_no_run_finished_is_not_passed_over(compared):
 
 def test_of_several_rates_the_reported_one_is_drawn(compared):
     comparison = compared(lr=[0.001, 0.01], seeds=3)
-    assert comparison.reported_lr == {"plain": 0.01, "batch": 0.01}
+    assert comparison.reported == {"plain": Setting(0.01), "batch": Setting(0.01)}
     data = rows(chart(comparison).to_dict(), "mean")
     assert {(row["arm"], row["lr"]) for row in data} == {("plain", 0.01), ("batch", 0.01)}
     assert len(data) == 2 * 3 * 4

@@ -177,7 +177,7 @@ def test_the_page_is_well_formed_and_answers_first(reported, page):
 def test_the_page_tells_the_chosen_rates(compared):
     comparison = compared(lr=[0.001, 0.01], seeds=2, epochs=1)
     details = Page(write(comparison, comparison.folder).read_text("utf-8")).texts["details"]
-    assert "Learning rates chosen, each by the other seedsplain 0.01, batch 0.01" in details
+    assert "Chosen, each by the other seedsplain lr 0.01; batch lr 0.01" in details
 
 
 def test_nothing_done_by_one_worker_is_told_as_it_is(nothing):

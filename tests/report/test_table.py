@@ -6,6 +6,7 @@ from rich.console import Console
 
 from normlab.report import TerminalTable, html_table, text_table
 from normlab.report.table import evidence_table
+from normlab.training import Replica
 
 METRICS = [
     "final test accuracy, differences in points",
@@ -63,7 +64,7 @@ CASES = {
     "better": {},
     "worse": {"arms": ["batch", "plain"]},
     "inconclusive": {"noise": 0.02},
-    "no number of seeds": {"diverged": lambda replica: replica == ("batch", 0.01, 2)},
+    "no number of seeds": {"diverged": lambda replica: replica == Replica("batch", 0.01, 2)},
     "all diverged": {"diverged": lambda replica: replica.arm == "batch"},
     "incomplete": {"missing": lambda replica: replica.seed > 3},
     "nothing yet": {"missing": lambda _: True},
@@ -200,7 +201,7 @@ def test_the_evidence_has_a_row_for_each_verdict(compared):
 
 
 def test_the_evidence_names_the_sign_test_and_the_remarks(compared):
-    comparison = compared(diverged=lambda replica: replica == ("batch", 0.01, 2))
+    comparison = compared(diverged=lambda replica: replica == Replica("batch", 0.01, 2))
     row = [cell.text for cell in Table(evidence_table(comparison)).bodies[0][1]]
     assert row[1:6] == ["6", "", "83%", "", ".219 (sign test)"]
     assert row[6:10] == ["", "", "±0.50", "about 11"]

@@ -5,6 +5,7 @@ import pytest
 from normlab.report import headline, remarks, sentence
 from normlab.report.wording import difference, duration, interval, mean_and_sd, word
 from normlab.study import Metric, judge
+from normlab.training import Replica
 
 ACCURACY = Metric("final_test_accuracy", "final test accuracy", True, 0.005, "points")
 LOSS = Metric("final_test_loss", "final test loss", False, 0.02, "nats")
@@ -186,7 +187,8 @@ def test_one_arm_is_not_an_answer(compared):
 
 def test_what_does_not_speak_for_itself_on_another_metric_gets_a_sentence(compared):
     comparison = compared(
-        arms=["plain", "batch", "layer"], diverged=lambda replica: replica == ("layer", 0.01, 2)
+        arms=["plain", "batch", "layer"],
+        diverged=lambda replica: replica == Replica("layer", 0.01, 2),
     )
     told = remarks(comparison)
     others = [one for one in comparison.verdicts if one.metric.name != "final_test_accuracy"]

@@ -7,7 +7,7 @@ import pytest
 from normlab.errors import InputError
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
-from normlab.training import Measurement, Outcome
+from normlab.training import Measurement, Outcome, Setting
 
 BASE = Study(arms=["plain", "batch"], seeds=6, epochs=3)
 
@@ -45,7 +45,18 @@ def by_name(comparison, name, arm="batch"):
 
 def test_the_frame_is_tidy_and_whole(tmp_path):
     frame = keep(tmp_path, BASE, rising).frame()
-    columns = ["arm", "lr", "seed", "step", "epoch", "split", "metric", "value", "status"]
+    columns = [
+        "arm",
+        "lr",
+        "seed",
+        "weight_decay",
+        "step",
+        "epoch",
+        "split",
+        "metric",
+        "value",
+        "status",
+    ]
     assert list(frame.columns) == columns
     assert len(frame) == 2 * 6 * 3 * 3 * 2
     assert set(frame["status"]) == {"done"}
@@ -175,10 +186,31 @@ def test_a_seeds_rate_is_chosen_by_the_other_seeds_on_validation_data(tmp_path):
         return 0.9, validation, {0.1: 0.93, 0.2: 0.94, 0.4: 0.96}[replica.lr]
 
     comparison = keep(tmp_path, RATES, course)
-    assert comparison.chosen_lr["batch"] == {0: 0.2, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.1}
-    assert comparison.reported_lr == {"plain": 0.1, "batch": 0.1}
+    rates = {seed: setting.lr for seed, setting in comparison.chosen["batch"].items()}
+    assert rates == {0: 0.2, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.1}
+    assert comparison.reported == {"plain": Setting(0.1), "batch": Setting(0.1)}
     assert comparison.outcomes().loc[("batch", 0), "final_test_accuracy"] == 0.94
-    assert comparison.summary()["chosen_lr"]["batch"]["0"] == 0.2
+    assert comparison.summary()["chosen"]["batch"]["0"] == {"lr": 0.2, "weight_decay": 0.0}
+
+
+def test_a_weight_decay_is_chosen_along_with_the_rate(tmp_path):
+    study = BASE.with_fields({"lr": [0.1, 0.2], "weight_decay": [0.0, 0.01]})
+
+    def course(replica, _):
+        best = Setting(0.1, 0.01) if replica.arm == "plain" else Setting(0.2, 0.0)
+        accuracy = 0.95 if replica.setting == best else 0.9
+        return 0.9, accuracy, accuracy - 0.01
+
+    comparison = keep(tmp_path, study, course)
+    assert comparison.complete
+    assert comparison.reported == {"plain": Setting(0.1, 0.01), "batch": Setting(0.2, 0.0)}
+    assert str(comparison.reported["plain"]) == "lr 0.1, weight decay 0.01"
+    outcomes = comparison.outcomes()
+    assert set(outcomes["final_test_accuracy"]) == {0.94}
+    assert outcomes.loc[("plain", 3), "weight_decay"] == 0.01
+    curves = comparison.curves()
+    assert len(curves) == 2 * 2 * 2 * 3 * study.epochs
+    assert set(curves["n"]) == {6}
 
 
 def test_a_rate_at_which_runs_diverge_is_not_chosen(tmp_path):
@@ -187,7 +219,7 @@ def test_a_rate_at_which_runs_diverge_is_not_chosen(tmp_path):
 
     fast = [replica for replica in RATES.replicas if replica.lr == 0.4]
     comparison = keep(tmp_path, RATES, course, diverged=fast)
-    assert set(comparison.chosen_lr["plain"].values()) == {0.2}
+    assert set(comparison.chosen["plain"].values()) == {Setting(0.2)}
     assert comparison.summary()["arms"]["plain"]["final_test_accuracy"]["diverged"] == 0
 
 

@@ -43,8 +43,8 @@ def test_a_number_of_seeds_counts_and_a_list_names(given, seeds):
 
 
 def test_one_arm_and_one_rate_need_no_list():
-    study = Study(arms="batch", lr=0.5)
-    assert (study.arms, study.lr) == (("batch",), (0.5,))
+    study = Study(arms="batch", lr=0.5, weight_decay=0)
+    assert (study.arms, study.lr, study.weight_decay) == (("batch",), (0.5,), (0.0,))
 
 
 def test_replicas_are_all_combinations_each_once():
@@ -52,6 +52,9 @@ def test_replicas_are_all_combinations_each_once():
     assert len(study.replicas) == len(set(study.replicas)) == 8
     # A study that is cut short has all its arms.
     assert study.replicas[:2] == [Replica("plain", 0.1, 0), Replica("batch", 0.1, 0)]
+    study = Study(lr=[0.2, 0.1], weight_decay=[1e-3, 0], seeds=2)
+    assert len(study.replicas) == len(set(study.replicas)) == 2 * 2 * 2 * 2
+    assert study.settings == [(0.1, 0), (0.1, 1e-3), (0.2, 0), (0.2, 1e-3)]
 
 
 def test_the_fingerprint_stands_for_what_is_declared_and_not_for_its_name():
@@ -91,6 +94,10 @@ def test_a_study_cannot_be_changed():
         ({"seeds": []}, "seeds: .*at least 1 item"),
         ({"arms": ["plain", "bacth"]}, r"unknown arm 'bacth' \(did you mean batch\?\)"),
         ({"arms": ["batch", "batch@pre"]}, "arms 'batch' and 'batch@pre' are the same network"),
+        (
+            {"arms": ["batch", "batch+bfloat16"], "precision": "bfloat16"},
+            r"arms 'batch' and 'batch\+bfloat16' are the same network",
+        ),
         ({"arms": []}, "arms: .*at least 1 item"),
         ({"dataset": "minst"}, r"unknown dataset 'minst' \(did you mean mnist\?\)"),
         ({"network": "vgg"}, "unknown network 'vgg'"),
@@ -98,6 +105,10 @@ def test_a_study_cannot_be_changed():
         ({"momentum": 0.9}, "momentum=0.9 belongs to sgd, not adam"),
         ({"momentum": 1.0, "optimizer": "sgd"}, "momentum: input should be less than 1"),
         ({"weight_decay": -1}, "weight_decay: input should be greater than or equal to 0"),
+        ({"weight_decay": math.nan}, "weight_decay: input should be .*got nan"),
+        ({"weight_decay": [0, 0]}, "weight_decay: each may be named once"),
+        ({"weight_decay": [0, 1], "validation": 0}, "several weight decays need validation data"),
+        ({"weight_decay": [0, 1], "seeds": 1}, "several weight decays need at least two seeds"),
         ({"target_accuracy": 95}, "target_accuracy: input should be less than or equal to 1"),
         ({"margin_accuracy": 0}, "margin_accuracy: input should be greater than 0"),
         ({"confidence": 1}, "confidence: input should be less than 1"),

@@ -31,7 +31,7 @@ def test_what_is_kept_is_read_back_exactly(tmp_path):
         assert ledger.study == STUDY
         assert ledger.finished() == {FIRST}
     rows = read(tmp_path / "run", "measurement")
-    key = {"arm": "plain", "lr": 0.01, "seed": 0, "step": 10, "epoch": 1, "split": "test"}
+    key = {**FIRST._asdict(), "step": 10, "epoch": 1, "split": "test"}
     assert rows == [
         {**key, "metric": "accuracy", "value": 0.9},
         {**key, "metric": "loss", "value": 0.1 + 0.2},
@@ -167,3 +167,13 @@ def test_a_full_disk_keeps_what_was_measured(tmp_path):
         fill_the_disk()
     assert sorted({row["step"] for row in read(tmp_path, "measurement")}) == steps
     assert len(steps) > 10
+
+
+def test_a_ledger_of_another_version_is_refused_and_left_alone(tmp_path):
+    fill(tmp_path)
+    with sqlite3.connect(tmp_path / FILENAME) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    for use in (Ledger.read(tmp_path), Ledger.write(tmp_path, STUDY)):
+        with pytest.raises(LedgerError, match="is of another version of normlab: use that"), use:
+            pass

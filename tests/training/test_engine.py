@@ -103,12 +103,11 @@ def test_every_field_of_the_recipe_reaches_its_replicas():
         init="xavier",
         optimizer="sgd",
         momentum=0.9,
-        weight_decay=0.01,
         batch_size=50,
         epochs=2,
         evaluate_every=7,
     )
-    replica = Replica("batch", 0.1, 5)
+    replica = Replica("batch", 0.1, 5, 0.01)
     network = build_network(
         "mlp:12", "batch", 5, image_shape=(1, 28, 28), classes=10, activation="tanh", init="xavier"
     )
@@ -120,8 +119,8 @@ def test_every_field_of_the_recipe_reaches_its_replicas():
 
 
 def test_replicas_come_one_after_another_and_one_that_diverges_stops_no_other():
-    recipe = QUICK.model_copy(update={"optimizer": "sgd", "weight_decay": 1.0})
-    replicas = [Replica("plain", 10, 0), Replica("plain", 1e-3, 0)]
+    recipe = QUICK.model_copy(update={"optimizer": "sgd"})
+    replicas = [Replica("plain", 10, 0, 1.0), Replica("plain", 1e-3, 0)]
     events = list(run_replicas(recipe, replicas))
     assert [type(event) for event in events] == [Outcome, Measurement, Outcome]
     assert [event.replica for event in events] == [replicas[0], replicas[1], replicas[1]]
@@ -281,7 +280,7 @@ def test_engines_are_timed_once_and_remembered(monkeypatch):
     first, *rest = engine.run_replicas(recipe, replicas)
     assert isinstance(first, Choice)
     assert first.arm == "batch"
-    assert first.seconds.keys() == {"looped, native", "stacked, traced"}
+    assert first.seconds.keys() == {"looped, native", "looped, traced", "stacked, traced"}
     assert first.seconds[str(first.engine)] == min(first.seconds.values()) > 0
     monkeypatch.setattr("normlab.training.fleet.Fleet.time_step", None)  # So it cannot be called.
     again, *same = engine.run_replicas(recipe, replicas)
@@ -308,7 +307,7 @@ def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(mon
     replicas = [Replica("batch+dropout:0.5", 0.1, seed) for seed in range(2)]
     monkeypatch.setattr("normlab.training.choice._COMPILATION", 0.0)
     (first, *_) = engine.run_replicas(recipe, replicas, engine="looped")
-    assert first.seconds.keys() == {"looped, native", "looped, compiled"}
+    assert first.seconds.keys() == {"looped, native", "looped, traced", "looped, compiled"}
     compiled = Choice(first.arm, Engine("looped", "compiled"), {})
     fast = told(engine.run_replicas(recipe, replicas, chosen={first.arm: compiled}))
     slow = told(run_replicas(recipe, replicas))
@@ -338,8 +337,9 @@ def test_a_network_whose_trace_does_something_else_is_trained_by_the_module_itse
 
 def test_an_error_in_a_worker_is_the_callers_however_busy_the_other_workers_are():
     # The first replica soon makes room for the one that cannot be built, beside one that goes on.
-    recipe = LONG.model_copy(update={"optimizer": "sgd", "weight_decay": 1.0})
-    replicas = [PLAIN._replace(lr=10), PLAIN._replace(arm="batch"), Replica("instance", 1e-3, 0)]
+    recipe = LONG.model_copy(update={"optimizer": "sgd"})
+    first, second = PLAIN._replace(lr=10, weight_decay=1.0), PLAIN._replace(arm="batch")
+    replicas = [first, second, PLAIN._replace(arm="instance")]
     events, seen = run_replicas(recipe, replicas, workers=2), []
     with closing(events):
         seen.append(next(events))

@@ -16,8 +16,9 @@ from normlab.training import Engine, Fleet, Measurement, Outcome, Recipe, Replic
 EAGER, TRACED = Engine("looped", "eager"), Engine("looped", "traced")
 STACKED, NATIVE = Engine("stacked", "traced"), Engine("looped", "native")
 ARMS = ["plain", "batch", "batch+dropout:0.5", "layer"]
-SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
-ADAM = {"optimizer": "adam", "weight_decay": 0.02}
+SGD = {"optimizer": "sgd", "momentum": 0.9}
+ADAM = {"optimizer": "adam"}
+DECAY = 0.02
 LR = {"sgd": 0.05, "adam": 0.01}
 
 
@@ -44,9 +45,10 @@ def build(arm, seed=0):
     return build_network("mlp:16,8", arm, seed, image_shape=(1, 28, 28), classes=10)
 
 
-def run(splits, recipe, arm="batch+dropout:0.5", lr=0.01, seed=0, engine=TRACED):
+def run(splits, recipe, arm="batch+dropout:0.5", lr=0.01, seed=0, decay=0.0, engine=TRACED):
     network = build(arm, seed)
-    return network, list(train(network, Replica(arm, lr, seed), recipe, splits, engine=engine))
+    replica = Replica(arm, lr, seed, decay)
+    return network, list(train(network, replica, recipe, splits, engine=engine))
 
 
 def bits(network):
@@ -121,12 +123,12 @@ def by_hand(replica, recipe, splits):
             network.parameters(),
             replica.lr,
             momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
+            weight_decay=replica.weight_decay,
             foreach=False,
         )
     else:
         optimizer = torch.optim.Adam(
-            network.parameters(), replica.lr, weight_decay=recipe.weight_decay, foreach=False
+            network.parameters(), replica.lr, weight_decay=replica.weight_decay, foreach=False
         )
     order, step, seen = stream(replica.seed, "order"), 0, []
 
@@ -176,7 +178,7 @@ def by_hand(replica, recipe, splits):
 @pytest.mark.parametrize("arm", ARMS)
 def test_training_is_the_textbooks_loop(splits, arm, engine, fields):
     recipe = Recipe(epochs=3, **fields)
-    replica = Replica(arm, LR[recipe.optimizer], 7)
+    replica = Replica(arm, LR[recipe.optimizer], 7, DECAY)
     network, events = run(splits, recipe, *replica, engine=engine)
     reference, expected = by_hand(replica, recipe, splits)
     seen = measurements(events)
@@ -196,7 +198,7 @@ EVERY_ARM += ["batch@post", "batch@input", "batch+dropout:0.2"]
 def in_double(splits, arm, recipe, engine, rates, steps):
     """Fifty steps of a fleet, one seed for each rate: its states, and the losses summed up."""
     networks = [build(arm, seed).double() for seed in range(len(rates))]
-    replicas = [Replica(arm, lr, seed) for seed, lr in enumerate(rates)]
+    replicas = [Replica(arm, lr, seed, DECAY * seed) for seed, lr in enumerate(rates)]
     trained = Fleet(networks, replicas, recipe, splits, engine)
     for stop in range(6, steps + 1, 6):
         trained.advance(stop)
@@ -213,7 +215,7 @@ def by_hand_in_double(splits, replica, recipe, steps):
     kind = torch.optim.SGD if recipe.optimizer == "sgd" else torch.optim.Adam
     more = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
     optimizer = kind(
-        network.parameters(), replica.lr, weight_decay=recipe.weight_decay, foreach=False, **more
+        network.parameters(), replica.lr, weight_decay=replica.weight_decay, foreach=False, **more
     )
     order, total = stream(replica.seed, "order"), 0.0
     for step in range(steps):
@@ -243,7 +245,7 @@ def by_hand_in_double(splits, replica, recipe, steps):
 def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm, fields):
     recipe, rates = Recipe(epochs=9, **fields), [0.01, 0.02, 0.005]
     expected = [
-        by_hand_in_double(splits, Replica(arm, lr, seed), recipe, 48)
+        by_hand_in_double(splits, Replica(arm, lr, seed, DECAY * seed), recipe, 48)
         for seed, lr in enumerate(rates)
     ]
     for engine in (TRACED, STACKED, NATIVE)[: 2 if arm == "rms" else 3]:
@@ -268,10 +270,10 @@ def test_no_replica_touches_another(splits, engine):
 
 @pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_a_replica_of_a_fleet_that_diverges_leaves_the_others_as_they_are(splits, engine):
-    recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
+    recipe = Recipe(epochs=3, optimizer="sgd")
 
     def told(rates):
-        replicas = [Replica("batch", lr, seed) for seed, lr in enumerate(rates)]
+        replicas = [Replica("batch", lr, seed, 1.0) for seed, lr in enumerate(rates)]
         networks = [build("batch", seed) for seed in range(len(rates))]
         events = list(Fleet(networks, replicas, recipe, splits, engine).train())
         return [event[:3] if isinstance(event, Outcome) else event for event in events]
@@ -285,7 +287,7 @@ def test_a_replica_of_a_fleet_that_diverges_leaves_the_others_as_they_are(splits
 @pytest.mark.parametrize("fields", [{**SGD, "evaluate_every": 4}, ADAM], ids=["sgd", "adam"])
 def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path, engine, fields):
     recipe, arm = Recipe(epochs=3, drop_last=False, **fields), "batch+dropout:0.5"
-    replicas = [Replica(arm, 0.01, seed) for seed in range(2)]
+    replicas = [Replica(arm, 0.01, seed, DECAY) for seed in range(2)]
 
     def make():
         return Fleet([build(arm, seed) for seed in range(2)], replicas, recipe, splits, engine)
@@ -308,8 +310,8 @@ def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path
 
 @pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_a_fleet_goes_on_without_the_replica_that_diverged(splits, tmp_path, engine):
-    recipe = Recipe(epochs=3, optimizer="sgd", weight_decay=1)
-    replicas = [Replica("plain", lr, 0) for lr in (0.1, 1e30)]
+    recipe = Recipe(epochs=3, optimizer="sgd")
+    replicas = [Replica("plain", lr, 0, 1.0) for lr in (0.1, 1e30)]
 
     def make():
         return Fleet([build("plain"), build("plain")], replicas, recipe, splits, engine)
@@ -340,12 +342,15 @@ def test_a_checkpoint_of_something_else_is_refused(splits, tmp_path):
         list(make(EAGER).train(path))
 
 
-@pytest.mark.parametrize("field", ["momentum", "weight_decay"])
-def test_the_optimizers_numbers_matter(splits, field):
-    recipe = {"epochs": 1, "optimizer": "sgd", "momentum": 0.5, "weight_decay": 0.1}
-    with_it, _ = run(splits, Recipe(**recipe), "plain")
-    without_it, _ = run(splits, Recipe(**{**recipe, field: 0}), "plain")
-    assert not same_bits(bits(with_it), bits(without_it))
+@pytest.mark.parametrize("engine", [EAGER, TRACED, NATIVE], ids=str)
+@pytest.mark.parametrize("changed", [{"momentum": 0.0}, {"decay": 0.0}], ids=str)
+def test_the_optimizers_numbers_matter(splits, changed, engine):
+    def trained(momentum=0.5, decay=0.1):
+        recipe = Recipe(epochs=1, optimizer="sgd", momentum=momentum)
+        network, _ = run(splits, recipe, "plain", decay=decay, engine=engine)
+        return bits(network)
+
+    assert not same_bits(trained(), trained(**changed))
 
 
 @pytest.mark.parametrize(
@@ -510,8 +515,8 @@ def test_a_replica_that_diverges_says_so_and_stops(splits, arm, every):
     network = build(arm)
     watch = Watch(network)
     # Each step makes the weights nine times as large, with the other sign.
-    recipe = Recipe(epochs=50, optimizer="sgd", weight_decay=1, evaluate_every=every)
-    events = list(train(network, Replica(arm, 10, 0), recipe, splits))
+    recipe = Recipe(epochs=50, optimizer="sgd", evaluate_every=every)
+    events = list(train(network, Replica(arm, 10, 0, 1.0), recipe, splits))
     for measurement in measurements(events):
         assert all(map(math.isfinite, measurement.values.values()))
     assert events[-1].status == "diverged"

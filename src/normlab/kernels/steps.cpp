@@ -2,8 +2,8 @@
 //
 // Where a layer has some thousand values, a step costs more in getting from one operation to the
 // next than in the operations. Here they stand in a list, with the places of what they read and
-// write in a table of pointers, and a span of steps is one call. All is done on the calling thread.
-// Matrices lie in rows; their products are the caller's to provide, as BLAS has them.
+// write in a table of pointers, and a span of steps is one call. All is done on the calling thread,
+// but for matrix products: these the caller provides, as BLAS has them. Matrices lie in rows.
 
 #include "kernels.h"
 
@@ -51,15 +51,26 @@ struct Update {
   float* step;          // How many were taken.
 };
 
-using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const void*,
-                      const void*, const int*, const void*, const int*, const void*, void*,
-                      const int*);
+// BLAS's integers have 32 or 64 bits; of a small number either finds its own at the same address,
+// where the low bytes come first.
+using Gemm = void (*)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*,
+                      const void*, const void*, const int64_t*, const void*, const int64_t*,
+                      const void*, void*, const int64_t*);
 
 template <class T>
 constexpr int dtype_of() { return sizeof(T) == sizeof(double) ? kFloat64 : kFloat32; }
 
 template <class T>
 inline T logistic(T z) { return T(1) / (T(1) + exponential(-z)); }
+
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
+// In a form that can be vectorized. Near zero, where the exponentials' digits cancel, a series.
+inline float hyperbolic_tangent(float x) {
+  const float size = x < 0 ? -x : x, square = x * x;
+  const float far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+  const float near = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
+  return size < 0.2f ? near : x < 0 ? -far : far;
+}
 
 template <class T, class Each>
 inline void map(int64_t count, const T* __restrict a, T* __restrict out, Each each) {
@@ -89,13 +100,12 @@ void gather(int64_t batch, int64_t pixels, const std::uint8_t* images, const int
 // C = op(A) op(B) + bias, all in rows: what BLAS, which has columns, reads as C' = op(B)' op(A)'.
 template <class T>
 void product(Gemm gemm, const Instruction& at, const T* bias, const T* a, const T* b, T* c) {
-  const int m = static_cast<int>(at.sizes[0]), n = static_cast<int>(at.sizes[1]);
-  const int k = static_cast<int>(at.sizes[2]);
+  const int64_t m = at.sizes[0], n = at.sizes[1], k = at.sizes[2];
   const bool a_turned = at.sizes[3] & 1, b_turned = at.sizes[3] & 2;
   const T one = 1, beta = bias ? T(1) : T(0);
   if (bias)
     for (int64_t row = 0; row < m; ++row) std::memcpy(c + row * n, bias, sizeof(T) * n);
-  const int a_stride = a_turned ? m : k, b_stride = b_turned ? k : n;
+  const int64_t a_stride = a_turned ? m : k, b_stride = b_turned ? k : n;
   gemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &one, b, &b_stride, a, &a_stride,
        &beta, c, &n);
 }
@@ -243,8 +253,7 @@ void run(const Instruction& at, void* const* table, Gemm gemm) {
       return map(size[0], value(0), value(1), value(2),
                  [](T grad, T y) { return grad * (T(1) - y) * y; });
     case O::kTanh:
-      for (int64_t i = 0; i < size[0]; ++i) value(1)[i] = std::tanh(value(0)[i]);
-      return;
+      return map(size[0], value(0), value(1), [](T x) { return hyperbolic_tangent(x); });
     case O::kTanhBackward:
       return map(size[0], value(0), value(1), value(2),
                  [](T grad, T y) { return grad * (T(1) - y * y); });

@@ -57,8 +57,9 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
 
     curves = comparison.curves(metric)
     band = curves.attrs["band"]
-    reported = comparison.reported_lr
-    curves = curves[curves["arm"].map(reported) == curves["lr"]]
+    kept = {(arm, *setting) for arm, setting in comparison.reported.items()}
+    keys = zip(curves["arm"], curves["lr"], curves["weight_decay"], strict=True)
+    curves = curves.loc[[key in kept for key in keys]]
     shown = [name for key, name in _SPLITS.items() if key in set(curves["split"])]
     data = curves.assign(
         split=curves["split"].map(_SPLITS),
@@ -95,6 +96,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
         tooltip=[
             alt.Tooltip("arm:N"),
             alt.Tooltip("lr:Q"),
+            alt.Tooltip("weight_decay:Q"),
             alt.Tooltip("step:Q", format=","),
             alt.Tooltip("epoch:Q", title="epochs finished"),
             alt.Tooltip("mean:Q", format=number),
@@ -114,19 +116,19 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
 
 
 def _what_is_not_in_it(comparison: Comparison) -> list[str]:
-    """Return what the curves leave out: replicas that diverged, and other learning rates."""
-    lines, reported = [], comparison.reported_lr
+    """Return what the curves leave out: replicas that diverged, and other settings."""
+    lines, reported = [], comparison.reported
     diverged = comparison.diverged()
     gone = [
-        f"{arm} {diverged[arm, lr]} of {len(comparison.study.seeds)}"
-        for arm, lr in reported.items()
-        if diverged[arm, lr]
+        f"{arm} {diverged[arm, setting]} of {len(comparison.study.seeds)}"
+        for arm, setting in reported.items()
+        if diverged[arm, setting]
     ]
     if gone:
         lines.append(f"diverged, and not in the mean: {', '.join(gone)}")
-    if len(comparison.study.lr) > 1:
-        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in reported.items())
-        lines.append(f"learning rates shown: {rates}")
+    if len(comparison.study.settings) > 1:
+        shown = "; ".join(f"{arm} {setting}" for arm, setting in reported.items())
+        lines.append(f"shown: {shown}")
     return lines
 
 

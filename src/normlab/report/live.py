@@ -98,7 +98,7 @@ class Live:
             return
         if event.replica not in self._training:
             self._training[event.replica] = self._progress.add_task(
-                _name(event.replica), total=self._study.epochs, state=""
+                str(event.replica), total=self._study.epochs, state=""
             )
         self._progress.update(
             self._training[event.replica],
@@ -123,7 +123,7 @@ class Live:
             else ""
         )
         self._console.print(
-            f"[{self._done}/{self._total}] {_name(event.replica)}: {numbers}, "
+            f"[{self._done}/{self._total}] {event.replica!s}: {numbers}, "
             f"{duration(event.seconds)}{self._left()}",
             markup=False,
             soft_wrap=True,
@@ -140,10 +140,6 @@ class Live:
         if not done or not to_do:
             return ""
         return f", about {duration((time.perf_counter() - self._started) / done * to_do)} left"
-
-
-def _name(replica: Replica) -> str:
-    return f"{replica.arm}, lr {replica.lr:g}, seed {replica.seed}"
 
 
 def _numbers(measurement: Measurement) -> str:

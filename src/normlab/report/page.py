@@ -123,9 +123,9 @@ def _details(comparison: Comparison) -> str:
         ("Time spent measuring", duration(comparison.seconds)),
         ("Evaluated", _evaluated(comparison)),
     ]
-    if len(comparison.study.lr) > 1:
-        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in comparison.reported_lr.items())
-        rows.append(("Learning rates chosen, each by the other seeds", rates))
+    if len(comparison.study.settings) > 1:
+        chosen = "; ".join(f"{arm} {setting}" for arm, setting in comparison.reported.items())
+        rows.append(("Chosen, each by the other seeds", chosen))
     for session in comparison.sessions:
         versions = json.loads(session["versions"])
         machine = json.loads(session["machine"])

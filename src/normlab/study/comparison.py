@@ -16,11 +16,14 @@ from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
 from normlab.study.verdicts import Metric, Verdict, judge
+from normlab.training import Replica, Setting
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Comparison"]
+
+_REPLICA = list(Replica._fields)
 
 
 class Comparison:
@@ -94,15 +97,16 @@ class Comparison:
         """Return every measurement, one a row.
 
         Returns:
-            Columns `arm`, `lr`, `seed`, `step`, `epoch`, `split`, `metric`, `value`, and `status`
-            (`done`, `diverged`, or `running` where the replica has no outcome yet).
+            Columns `arm`, `lr`, `seed`, `weight_decay`, `step`, `epoch`, `split`, `metric`,
+            `value`, and `status` (`done`, `diverged`, or `running` where the replica has no
+            outcome yet).
         """
         import pandas as pd
 
-        columns = ["arm", "lr", "seed", "step", "epoch", "split", "metric", "value"]
+        columns = [*_REPLICA, "step", "epoch", "split", "metric", "value"]
         frame = pd.DataFrame(self._measurements, columns=columns)
-        status = self._replica_frame()[["arm", "lr", "seed", "status"]]
-        merged = frame.merge(status, how="left", on=["arm", "lr", "seed"])
+        replicas = pd.DataFrame(self._replicas, columns=[*_REPLICA, "status"])
+        merged = frame.merge(replicas, how="left", on=_REPLICA)
         return merged.assign(status=merged["status"].fillna("running"))
 
     def curves(self, metric: str = "accuracy") -> pd.DataFrame:
@@ -112,10 +116,10 @@ class Comparison:
             metric: `accuracy` or `loss`.
 
         Returns:
-            Columns `arm`, `lr`, `split`, `step`, `epoch`, `mean`, `low`, `high`, `n` and
-            `diverged`, the number of runs that did and are not in the mean. `low` and `high` are
-            pointwise intervals of the mean at the study's confidence: each holds for its own
-            point, and a whole curve leaves its band somewhere far more often.
+            Columns `arm`, `lr`, `weight_decay`, `split`, `step`, `epoch`, `mean`, `low`, `high`,
+            `n` and `diverged`, the number of runs that did and are not in the mean. `low` and
+            `high` are pointwise intervals of the mean at the study's confidence: each holds for its
+            own point, and a whole curve leaves its band somewhere far more often.
 
         Raises:
             InputError: The metric was not measured.
@@ -129,50 +133,55 @@ class Comparison:
         diverged = self.diverged()
         rows = []
         done = frame[(frame["metric"] == metric) & (frame["status"] == "done")]
-        keys = ["arm", "lr", "split", "step", "epoch"]
+        keys = ["arm", "lr", "weight_decay", "split", "step", "epoch"]
         for key, group in done.groupby(keys, sort=False):
             mean, low, high = mean_interval(group["value"], confidence=self.study.confidence)
             row = dict(zip(keys, key, strict=True))
             row.update(mean=float(mean), low=float(low), high=float(high), n=len(group))
-            rows.append({**row, "diverged": diverged[row["arm"], row["lr"]]})
+            rows.append({**row, "diverged": diverged[key[0], Setting(*key[1:3])]})
         curves = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n", "diverged"])
         curves.attrs["band"] = f"pointwise {self.study.confidence * 100:g}% t interval of the mean"
         return curves
 
-    def diverged(self) -> Counter[tuple[str, float]]:
-        """Return how many replicas of each arm and learning rate diverged."""
-        gone = (one for one in self._replicas if one["status"] == "diverged")
-        return Counter((one["arm"], one["lr"]) for one in gone)
+    def diverged(self) -> Counter[tuple[str, Setting]]:
+        """Return how many replicas of each arm and setting diverged."""
+        gone = (_replica(one) for one in self._replicas if one["status"] == "diverged")
+        return Counter((one.arm, one.setting) for one in gone)
 
     @cached_property
-    def chosen_lr(self) -> dict[str, dict[int, float]]:
-        """The learning rate at which each arm is reported, seed by seed.
+    def chosen(self) -> dict[str, dict[int, Setting]]:
+        """The learning rate and weight decay at which each arm is reported, seed by seed.
 
-        With several rates, a seed's is the one with the best mean final validation accuracy over
-        the other seeds, so no seed chooses the rate it is reported at. A diverged run counts as
-        accuracy 0 there. Only seeds that are finished at every rate, in every arm, are in it.
+        With several, a seed's are those with the best mean final validation accuracy over the
+        other seeds, so no seed chooses what it is reported at. A diverged run counts as accuracy 0
+        there. Only seeds that are finished at every setting, in every arm, are in it.
         """
         seeds = self._finished_seeds()
         finals = self._outcome_table["final_validation_accuracy"].fillna(0.0)
-        chosen: dict[str, dict[int, float]] = {}
+        chosen: dict[str, dict[int, Setting]] = {}
         for arm in self.study.arms:
             scores = {
-                lr: np.array([finals.get((arm, lr, seed), 0.0) for seed in seeds])
-                for lr in sorted(self.study.lr)
+                setting: np.array(
+                    [
+                        finals.get(Replica(arm, setting.lr, seed, setting.weight_decay), 0.0)
+                        for seed in seeds
+                    ]
+                )
+                for setting in self.study.settings
             }
             chosen[arm] = {
-                seed: max(scores, key=lambda lr: scores[lr].sum() - scores[lr][i])
+                seed: max(scores, key=lambda one: scores[one].sum() - scores[one][i])
                 for i, seed in enumerate(seeds)
             }
         return chosen
 
     @property
-    def reported_lr(self) -> dict[str, float]:
-        """The learning rate whose curves stand for each arm: the one most seeds are reported at."""
-        chosen = {arm: list(rates.values()) for arm, rates in self.chosen_lr.items()}
+    def reported(self) -> dict[str, Setting]:
+        """The setting whose curves stand for each arm: the one most seeds are reported at."""
+        settings = self.study.settings
         return {
-            arm: max(self.study.lr, key=rates.count) if rates else self.study.lr[0]
-            for arm, rates in chosen.items()
+            arm: max(settings, key=list(chosen.values()).count)
+            for arm, chosen in self.chosen.items()
         }
 
     @property
@@ -182,20 +191,22 @@ class Comparison:
         return last["step"] // last["epoch"] if last and last["epoch"] else 0
 
     def outcomes(self) -> pd.DataFrame:
-        """Return what each run ended with, at its arm's learning rate.
+        """Return what each run ended with, at its arm's learning rate and weight decay.
 
         Returns:
-            Index `arm`, `seed`; columns `lr`, `status` and one for each of `metrics`, NaN for a
-            run that diverged or did not reach the target. Only seeds that every arm finished.
+            Index `arm`, `seed`; columns `lr`, `weight_decay`, `status` and one for each of
+            `metrics`, NaN for a run that diverged or did not reach the target. Only seeds that
+            every arm finished.
         """
         import pandas as pd
 
         rows = []
         records = self._outcome_table.to_dict("index")
-        for arm, rates in self.chosen_lr.items():
-            for seed, lr in rates.items():
-                rows.append({"arm": arm, "seed": seed, "lr": lr, **records[arm, lr, seed]})
-        columns = ["lr", "status", *(metric.name for metric in self.metrics)]
+        for arm, settings in self.chosen.items():
+            for seed, setting in settings.items():
+                record = records[arm, setting.lr, seed, setting.weight_decay]
+                rows.append({"arm": arm, "seed": seed} | setting._asdict() | record)
+        columns = ["lr", "weight_decay", "status", *(metric.name for metric in self.metrics)]
         frame = pd.DataFrame(rows, columns=["arm", "seed", *columns])
         return frame.set_index(["arm", "seed"])
 
@@ -249,47 +260,35 @@ class Comparison:
                 }
                 for arm in self.study.arms
             },
-            "chosen_lr": {
-                arm: {str(seed): lr for seed, lr in rates.items()}
-                for arm, rates in self.chosen_lr.items()
+            "chosen": {
+                arm: {str(seed): setting._asdict() for seed, setting in settings.items()}
+                for arm, settings in self.chosen.items()
             },
             "verdicts": [_verdict_dict(verdict) for verdict in self.verdicts],
         }
 
-    def _replica_frame(self) -> pd.DataFrame:
-        import pandas as pd
-
-        return pd.DataFrame(
-            self._replicas, columns=["arm", "lr", "seed", "status", "step", "seconds"]
-        )
-
     def _finished_seeds(self) -> list[int]:
-        finished = {(one["arm"], one["lr"], one["seed"]) for one in self._replicas}
-        return [
-            seed
-            for seed in self.study.seeds
-            if all((arm, lr, seed) in finished for arm in self.study.arms for lr in self.study.lr)
-        ]
+        finished = {_replica(one) for one in self._replicas}
+        unfinished = {one.seed for one in self.study.replicas if one not in finished}
+        return [seed for seed in self.study.seeds if seed not in unfinished]
 
     @cached_property
     def _outcome_table(self) -> pd.DataFrame:
-        """What each replica ended with: index arm, lr, seed; NaN where it failed."""
+        """What each replica ended with: index as `Replica`; NaN where it failed."""
         import pandas as pd
 
-        courses: dict[tuple[str, float, int], dict[tuple[str, str], list[tuple[int, float]]]] = {}
+        courses: dict[Replica, dict[tuple[str, str], list[tuple[int, float]]]] = {}
         for m in self._measurements:  # Ordered by step within each replica, split and metric.
-            course = courses.setdefault((m["arm"], m["lr"], m["seed"]), {})
+            course = courses.setdefault(_replica(m), {})
             course.setdefault((m["split"], m["metric"]), []).append((m["step"], m["value"]))
         rows = []
-        for replica in self._replicas:
-            key = replica["arm"], replica["lr"], replica["seed"]
-            ended = dict(zip(("arm", "lr", "seed"), key, strict=True))
-            course = courses.get(key, {})
-            numbers = self._numbers(course) if replica["status"] == "done" else {}
-            rows.append({**ended, "status": replica["status"], **numbers})
+        for row in self._replicas:
+            replica, status = _replica(row), row["status"]
+            numbers = self._numbers(courses[replica]) if status == "done" else {}
+            rows.append({**replica._asdict(), "status": status, **numbers})
         columns = ["status", "final_validation_accuracy", *(one.name for one in self.metrics)]
-        frame = pd.DataFrame(rows, columns=["arm", "lr", "seed", *columns])
-        return frame.set_index(["arm", "lr", "seed"]).sort_index()
+        frame = pd.DataFrame(rows, columns=[*_REPLICA, *columns])
+        return frame.set_index(_REPLICA).sort_index()
 
     def _numbers(self, course: dict[tuple[str, str], list[tuple[int, float]]]) -> dict[str, float]:
         accuracy = course["test", "accuracy"]
@@ -304,6 +303,11 @@ class Comparison:
             numbers["best_validation_test_accuracy"] = accuracy[best][1]
             numbers["final_validation_accuracy"] = validation[-1][1]
         return numbers
+
+
+def _replica(row: dict[str, Any]) -> Replica:
+    """Return the replica that a row of the ledger is of."""
+    return Replica(*(row[name] for name in _REPLICA))
 
 
 def _summarize(outcomes: pd.DataFrame, arm: str, metric: str) -> dict[str, Any]:

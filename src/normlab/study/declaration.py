@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.networks import build_network, parse_arm
-from normlab.training import Recipe, Replica
+from normlab.training import Recipe, Replica, Setting
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,6 +48,7 @@ def _one_or_more(value: object) -> object:
 
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Study(Recipe):
@@ -74,6 +76,12 @@ class Study(Recipe):
         description="Learning rates, the same for every arm; with several, each arm is reported at "
         "the rate that is best on validation data by its other seeds.",
     )
+    weight_decay: Annotated[tuple[_Decay, ...], BeforeValidator(_one_or_more)] = Field(
+        (0.0,),
+        min_length=1,
+        description="L2 penalties, added to the gradient of every parameter as in torch; several "
+        "are tried with every learning rate, and chosen along with it.",
+    )
     seeds: Annotated[tuple[_Seed, ...], BeforeValidator(_seeds)] = Field(
         tuple(range(10)),
         min_length=1,
@@ -96,15 +104,11 @@ class Study(Recipe):
     @field_validator("arms")
     @classmethod
     def _are_arms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        seen: dict[object, str] = {}
         for text in value:
-            network = parse_arm(text).network
-            if network in seen:
-                raise InputError(f"arms {seen[network]!r} and {text!r} are the same network")
-            seen[network] = text
+            parse_arm(text)
         return value
 
-    @field_validator("lr", "seeds")
+    @field_validator("lr", "weight_decay", "seeds")
     @classmethod
     def _has_no_repeats(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(value)) < len(value):
@@ -112,15 +116,26 @@ class Study(Recipe):
         return value
 
     @model_validator(mode="after")
-    def _rates_need_validation_data(self) -> Study:
-        if len(self.lr) > 1 and not self.validation:
+    def _arms_differ(self) -> Study:
+        seen: dict[object, str] = {}
+        for text in self.arms:
+            *network, precision = parse_arm(text).network
+            key = (*network, precision or self.precision)
+            if key in seen:
+                raise InputError(f"arms {seen[key]!r} and {text!r} are the same network")
+            seen[key] = text
+        return self
+
+    @model_validator(mode="after")
+    def _settings_need_validation_data(self) -> Study:
+        what = "learning rates" if len(self.lr) > 1 else "weight decays"
+        if len(self.settings) > 1 and not self.validation:
             raise InputError(
-                "several learning rates need validation data to choose by: set validation above 0"
+                f"several {what} need validation data to choose by: set validation above 0"
             )
-        if len(self.lr) > 1 and len(self.seeds) == 1:
+        if len(self.settings) > 1 and len(self.seeds) == 1:
             raise InputError(
-                "several learning rates need at least two seeds: an arm's rate is chosen by its "
-                "other seeds"
+                f"several {what} need at least two seeds: an arm's is chosen by its other seeds"
             )
         return self
 
@@ -130,11 +145,15 @@ class Study(Recipe):
         return self.arms[0]
 
     @property
+    def settings(self) -> list[Setting]:
+        """Every learning rate with every weight decay, in order of size."""
+        return [Setting(*both) for both in product(sorted(self.lr), sorted(self.weight_decay))]
+
+    @property
     def replicas(self) -> list[Replica]:
         """Every training run; arms take turns, so that an interrupted study has all of them."""
-        return [
-            Replica(arm, lr, seed) for seed in self.seeds for lr in self.lr for arm in self.arms
-        ]
+        every = product(self.seeds, self.lr, self.weight_decay, self.arms)
+        return [Replica(arm, lr, seed, decay) for seed, lr, decay, arm in every]
 
     @property
     def fingerprint(self) -> str:

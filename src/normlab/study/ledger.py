@@ -22,6 +22,8 @@ __all__ = ["FILENAME", "Ledger"]
 
 FILENAME = "ledger.sqlite"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
+_VERSION = 2  # Of the schema; also there.
+_REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
 CREATE TABLE session (
@@ -32,12 +34,13 @@ CREATE TABLE engine (
     arm TEXT PRIMARY KEY, kind TEXT NOT NULL, code TEXT NOT NULL, seconds TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE replica (
-    arm TEXT, lr REAL, seed INTEGER, status TEXT NOT NULL, step INTEGER NOT NULL,
-    seconds REAL NOT NULL, PRIMARY KEY (arm, lr, seed)
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, status TEXT NOT NULL, step INTEGER NOT NULL,
+    seconds REAL NOT NULL, PRIMARY KEY (arm, lr, seed, weight_decay)
 ) WITHOUT ROWID;
 CREATE TABLE measurement (
-    arm TEXT, lr REAL, seed INTEGER, step INTEGER, epoch INTEGER NOT NULL, split TEXT, metric TEXT,
-    value REAL NOT NULL, PRIMARY KEY (arm, lr, seed, step, split, metric)
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
+    split TEXT, metric TEXT, value REAL NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
 ) WITHOUT ROWID;
 """
 
@@ -130,6 +133,12 @@ class Ledger:
         (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
         if application_id != _APPLICATION_ID:
             raise LedgerError(f"{self.path} is not a ledger of normlab: move it away to start anew")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version != _VERSION:
+            raise LedgerError(
+                f"{self.path} is of another version of normlab: use that one, or move it away to "
+                "start anew"
+            )
         (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             found = " ".join(verdict.split())
@@ -149,6 +158,7 @@ class Ledger:
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
                 self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         held = self.study
         if held.fingerprint != study.fingerprint:
             raise InputError(
@@ -157,8 +167,8 @@ class Ledger:
             )
         with self._transaction():
             self._connection.execute(
-                "DELETE FROM measurement WHERE (arm, lr, seed) NOT IN "
-                "(SELECT arm, lr, seed FROM replica)"
+                f"DELETE FROM measurement WHERE ({_REPLICA}) NOT IN "
+                f"(SELECT {_REPLICA} FROM replica)"
             )
 
     def begin_session(self, workers: int) -> None:
@@ -214,7 +224,7 @@ class Ledger:
         with self._transaction():
             if isinstance(event, Measurement):
                 self._connection.executemany(
-                    "INSERT INTO measurement VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO measurement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
                         (*event.replica, event.step, event.epoch, split, metric, value)
                         for (split, metric), value in event.values.items()
@@ -227,7 +237,7 @@ class Ledger:
                 )
             else:
                 self._connection.execute(
-                    "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (*event.replica, event.status, event.step, event.seconds),
                 )
             self._connection.execute(
@@ -242,7 +252,7 @@ class Ledger:
 
     def finished(self) -> set[Replica]:
         """Return the replicas that have an outcome."""
-        rows = self._connection.execute("SELECT arm, lr, seed FROM replica")
+        rows = self._connection.execute(f"SELECT {_REPLICA} FROM replica")
         return {Replica(*row) for row in rows}
 
     def choices(self) -> dict[str, Choice]:
@@ -260,8 +270,8 @@ class Ledger:
             table: `measurement`, `replica`, `engine` or `session`.
         """
         order = {
-            "measurement": "arm, lr, seed, step, split, metric",
-            "replica": "arm, lr, seed",
+            "measurement": f"{_REPLICA}, step, split, metric",
+            "replica": _REPLICA,
             "engine": "arm",
             "session": "id",
         }[table]

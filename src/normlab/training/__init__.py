@@ -3,7 +3,7 @@
 from normlab.training.choice import ENGINES, Choice
 from normlab.training.engine import Event, run_replicas
 from normlab.training.fleet import Engine, Fleet, evaluate, train
-from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
+from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
 
 __all__ = [
     "ENGINES",
@@ -15,6 +15,7 @@ __all__ = [
     "Outcome",
     "Recipe",
     "Replica",
+    "Setting",
     "evaluate",
     "run_replicas",
     "train",

@@ -81,7 +81,7 @@ def choose(
         pass  # Nothing there, or nothing that can be read: it is timed anew.
     seconds: dict[Engine, float] = {}
 
-    def time(engine: Engine) -> bool:
+    def time(engine: Engine) -> None:
         width = min(fleet, STACK) if engine.kind == "stacked" else 1
         replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
         try:
@@ -91,10 +91,10 @@ def choose(
         except InputError:
             raise
         except Exception:  # Tracing and compiling fail in many ways: this engine is not for it.
-            pass
-        return engine in seconds
+            return
 
-    if kind != "stacked" and not time(Engine("looped", "native")):
+    if kind != "stacked":
+        time(Engine("looped", "native"))
         time(Engine("looped", "traced"))
     if kind == "stacked" or (kind == "auto" and fleet > 1):
         time(Engine("stacked", "traced"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
@@ -32,6 +32,9 @@ __all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
 
 EVALUATION_BATCH = 2000
 _SPAN = 50  # Steps in one call, in which nothing can interrupt it.
+_MASKS = 2**26  # Bytes of dropout masks that are drawn ahead.
+_Batch = tuple[program.Pass, int, int]
+"""A batch's pass, and where in the shuffled epoch it starts and ends."""
 
 
 class Engine(NamedTuple):
@@ -165,19 +168,29 @@ class Fleet:
         """Tell whether the pass returns what the module itself does, on some batches in turn."""
         size = self.recipe.batch_size
         module = self._make_pass(size, "eager", "float32")
-        # Rounded products agree with nothing; what is rounded is the trace that is looked at.
-        is_exact = self.precision == "float32"
-        run = self._pass_for(size) if is_exact else self._make_pass(size, "traced", "float32")
-        one, other = ([each.clone() for each in self._example(size)[2:]] for _ in range(2))
+        if self.precision == "float32":
+            return self._agree(self._pass_for(size), module, steps)
+        # Rounded factors hide a trace that does something else, so that is looked at without.
+        trace, rounded = (
+            self._make_pass(size, "traced", precision) for precision in ("float32", self.precision)
+        )
+        return self._agree(trace, module, steps) and self._agree(
+            self._pass_for(size), rounded, steps, tolerance=1e-2
+        )
+
+    def _agree(
+        self, run: program.Pass, other: program.Pass, steps: int, tolerance: float = 1e-3
+    ) -> bool:
+        size = self.recipe.batch_size
+        mine, its = ([each.clone() for each in self._example(size)[2:]] for _ in range(2))
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         train = self.splits.indices["train"]
         for step in range(steps):
             batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
-            one[-1], other[-1] = batch.expand_as(one[-1]), batch.expand_as(one[-1])
-            found, expected = run([images, labels, *one]), module([images, labels, *other])
-            for a, b in zip([*found, *one], [*expected, *other], strict=True):
-                if not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
-                    return False
+            mine[-1], its[-1] = batch.expand_as(mine[-1]), batch.expand_as(its[-1])
+            found, expected = run([images, labels, *mine]), other([images, labels, *its])
+            if not _are_close([*found, *mine], [*expected, *its], tolerance):
+                return False
         return True
 
     # ------------------------------------------------------------------------ steps
@@ -201,7 +214,7 @@ class Fleet:
         ]
         self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
         self._optimizer = optimizers.make(
-            self.recipe, self._parameters, [replica.lr for replica in self.replicas]
+            self.recipe, self._parameters, [replica.setting for replica in self.replicas]
         )
         self._state = [*self._parameters, *self._buffers]
         self._inputs = [
@@ -240,10 +253,12 @@ class Fleet:
         return program.dropped(self.network, x.to(self._parameters[0].dtype))
 
     def _pass_for(self, batch_size: int) -> program.Pass:
-        """Return the pass for batches of a size; only the usual one is worth compiling."""
-        key = (self.replicas[0].arm, self.engine, self._width, batch_size)
+        """Return the pass for batches of a size; only the usual one is worth more than a trace."""
+        kinds = tuple((each.dtype, each.shape[1:]) for each in self._state)
+        arm = self.replicas[0].arm
+        key = (arm, kinds, self.precision, self.engine, self._width, batch_size)
         if key not in self._passes:
-            rare = batch_size != self.recipe.batch_size and self.engine.code == "compiled"
+            rare = batch_size != self.recipe.batch_size and self.engine.code != "eager"
             code = "traced" if rare else self.engine.code
             self._passes[key] = self._make_pass(batch_size, code, self.precision)
         return self._passes[key]
@@ -264,29 +279,36 @@ class Fleet:
             self._advance_all(stop)
         else:
             # One after another: a replica's state stays in the cache for all of its steps.
-            advance = self._advance_natively if self.engine.code == "native" else self._advance_one
             for r in self.alive:
-                advance(r, stop)
+                self._advance_one(r, stop)
         self.step = stop
 
     def _advance_one(self, r: int, stop: int) -> None:
-        losses, shuffled = [], self._shuffled[r]
-        for run, start, end in self._batches(stop):
-            batch, masks = shuffled[start:end], self._masks(r, end - start)
+        for run, batches in groupby(self._batches(stop), itemgetter(0)):
+            if isinstance(run, Steps):
+                self._take_natively(r, run, batches)
+            else:
+                self._take(r, run, batches)
+
+    def _take(self, r: int, run: program.Pass, batches: Iterable[_Batch]) -> None:
+        losses = []
+        for _, start, end in batches:
+            batch, masks = self._shuffled[r, start:end], self._masks(r, end - start)
             loss, *gradients = run([*self._inputs[r], *masks, batch])
             self._optimizer.step(r, gradients)
             losses.append(loss)
         self.losses[r] += torch.stack(losses).sum()
 
-    def _advance_natively(self, r: int, stop: int) -> None:
-        for run, batches in groupby(self._batches(stop), itemgetter(0)):
-            assert isinstance(run, Steps)
-            while span := list(islice(batches, _SPAN)):
-                (_, start, end), last = span[0], span[-1][2]
-                masks = [self._masks(r, end - start) for _ in span]
-                fed = [torch.stack(each) for each in zip(*masks, strict=True)]
-                fed.append(self._shuffled[r, start:last].view(len(span), -1))
-                self.losses[r] += run.train(self._inputs[r], fed, self._optimizer, r)
+    def _take_natively(self, r: int, run: Steps, batches: Iterable[_Batch]) -> None:
+        masked = sum(like.nbytes for like in self._masked)
+        most = max(1, min(_SPAN, _MASKS // max(masked, 1)))
+        batches = iter(batches)
+        while span := list(islice(batches, most)):
+            (_, start, end), last = span[0], span[-1][2]
+            masks = [self._masks(r, end - start) for _ in span]
+            fed = [torch.stack(each) for each in zip(*masks, strict=True)]
+            fed.append(self._shuffled[r, start:last].view(len(span), -1))
+            self.losses[r] += run.train(self._inputs[r], fed, self._optimizer, r)
 
     def _advance_all(self, stop: int) -> None:
         for run, start, end in self._batches(stop):
@@ -302,7 +324,7 @@ class Fleet:
         layers = zip(self._dropouts[r], self._masked, strict=True)
         return [dropout.draw(like[:size]) for dropout, like in layers]
 
-    def _batches(self, stop: int) -> Iterator[tuple[program.Pass, int, int]]:
+    def _batches(self, stop: int) -> Iterator[_Batch]:
         """Yield the pass and the place of each batch in the shuffled epoch."""
         size, total = self.recipe.batch_size, self.splits.size("train")
         for step in range(self.step, stop):
@@ -417,7 +439,7 @@ def train(
 
     Args:
         network: With its first values; it has its last ones when the iterator ends.
-        replica: Learning rate and seed.
+        replica: Setting and seed.
         recipe: All the rest.
         splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
         engine: How the steps are done.
@@ -429,6 +451,26 @@ def train(
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             value.copy_(trained[name])
     network.train()
+
+
+def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Tell whether tensors are the same up to roundings, each of them as a whole.
+
+    Some consist of roundings: a bias before a batch norm has such a gradient. So what is tiny
+    beside the largest tensor is the same too.
+    """
+    norms = [float(each.nan_to_num().norm()) for each in expected if each.is_floating_point()]
+    for a, b in zip(found, expected, strict=True):
+        if not a.is_floating_point():
+            if not a.equal(b):
+                return False
+        elif not a.isfinite().equal(b.isfinite()):
+            return False
+        else:
+            a, b = a.nan_to_num(), b.nan_to_num()
+            if float((a - b).norm()) > tolerance * float(b.norm()) + 1e-6 * max(norms):
+                return False
+    return True
 
 
 def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -81,11 +82,13 @@ class Steps:
         (self._loss, _), *gradients = outputs
         self._gradients = (ctypes.c_int64 * len(gradients))(*(place for place, _ in gradients))
         self._wide, self._gemm = dtype == torch.float64, _gemm(dtype)
+        self._lock = threading.Lock()  # What lies between instructions is there once.
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the pass once."""
-        self._run(tensors, [], 1, None)
-        return [each.clone() for each in self._results]
+        with self._lock:
+            self._run(tensors, [], 1, None)
+            return [each.clone() for each in self._results]
 
     def train(
         self, state: Sequence[Tensor], fed: Sequence[Tensor], optimizer: Optimizer, replica: int
@@ -99,14 +102,15 @@ class Steps:
             replica: Which of its.
         """
         columns, recipe = optimizer.columns(replica), optimizer.recipe
+        setting = optimizer.settings[replica]
         moments = [_pointers(each) for each in columns.moments]
         sizes = [each.numel() for each in columns.parameters]
         update = _Update(
             recipe.optimizer == "adam",
-            optimizer.rates[replica],
+            setting.lr,
             recipe.momentum,
             *(*BETAS, EPS),
-            recipe.weight_decay,
+            setting.weight_decay,
             len(sizes),
             (ctypes.c_int64 * len(sizes))(*sizes),
             self._gradients,
@@ -114,7 +118,8 @@ class Steps:
             *(*moments, None, None)[:2],
             columns.steps[0].data_ptr(),
         )
-        return self._run([*state, *fed], fed, len(fed[-1]), update)
+        with self._lock:
+            return self._run([*state, *fed], fed, len(fed[-1]), update)
 
     def _run(
         self,
@@ -218,6 +223,8 @@ class _Lowering:
         self.instructions: list[_Instruction] = []
         self.work: list[Tensor] = []
         self.values: dict[fx.Node, Any] = {}
+        self.labels: dict[int, Tensor] = {}
+        """All of those that a value is gathered from, by its place."""
 
     def steps(self) -> Steps:
         """Return what was written down."""
@@ -228,9 +235,7 @@ class _Lowering:
             if node.op == "placeholder":
                 self.values[node] = self._argument(next(places))
             elif node.op == "call_function":
-                if node.target not in _LOWERED:
-                    raise NotLoweredError(f"there is no kernel for {node.target}")
-                self.values[node] = _LOWERED[node.target](self, node, *node.args)
+                self.values[node] = self._call(node)
         outputs = [self.value(each) for each in next(reversed(self.graph.nodes)).args[0]]
         if any(each.place < len(self.tensors) for each in outputs):
             raise NotLoweredError("an argument is handed back")
@@ -240,6 +245,21 @@ class _Lowering:
         ]
         return Steps(self.instructions, self.work, made, self.dtype)
 
+    def _call(self, node: fx.Node) -> Any:
+        if node.target not in _LOWERED:
+            raise NotLoweredError(f"there is no kernel for {node.target}")
+        if node.kwargs and node.target not in _WITH_OPTIONS:
+            raise NotLoweredError(f"there is no kernel for {node} with {node.kwargs}")
+        try:
+            made = _LOWERED[node.target](self, node, *node.args)
+        except (KeyError, TypeError, ValueError) as error:  # Arguments of another kind or number.
+            raise NotLoweredError(f"there is no kernel for {node.format_node()}") from error
+        if isinstance(made, _Value) and node.target != aten.index.Tensor:
+            wanted = node.meta["val"]
+            if (made.shape, made.dtype) != (tuple(wanted.shape), wanted.dtype):
+                raise NotLoweredError(f"there is no kernel for {node.format_node()}")
+        return made
+
     def _argument(self, place: int) -> _Value:
         tensor = self.tensors[place]
         if not tensor.is_contiguous():
@@ -247,7 +267,12 @@ class _Lowering:
         return _Value(place, tuple(tensor.shape), tensor.dtype)
 
     def value(
-        self, node: Any, *shape: int, dtype: torch.dtype | None = None, turned: bool = False
+        self,
+        node: Any,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        turned: bool = False,
     ) -> _Value:
         """Return the value of a node.
 
@@ -260,13 +285,15 @@ class _Lowering:
         value = self.values[node]
         if not isinstance(value, _Value) or (value.turned and not turned):
             raise NotLoweredError(f"{node} does not lie in memory in rows")
-        if value.dtype != (dtype or self.dtype) or (shape and value.shape != shape):
+        if value.dtype != (dtype or self.dtype) or (
+            shape is not None and value.shape != tuple(shape)
+        ):
             raise NotLoweredError(f"{node} is {value.dtype} of shape {value.shape}")
         return value
 
     def optional(self, node: Any, *shape: int) -> _Value | None:
         """Return the value of a node that may be missing."""
-        return None if node is None else self.value(node, *shape)
+        return None if node is None else self.value(node, shape)
 
     def make(self, *shape: int, dtype: torch.dtype | None = None) -> _Value:
         """Return a new value, zero for now."""
@@ -301,8 +328,11 @@ class _Lowering:
 def _gather(low: _Lowering, node: fx.Node, source: Any, indices: Any) -> _Value:
     rows = low.values[source]
     (at,) = (low.value(each, dtype=torch.int64) for each in indices)
+    if rows.place > 1 or at.place != len(low.tensors) - 1:
+        raise NotLoweredError(f"there is no kernel for {node}: only the data are gathered")
     if rows.dtype == torch.int64 and len(rows.shape) == len(at.shape) == 1:
         labels = low.make(*at.shape, dtype=torch.int64)
+        low.labels[labels.place] = low.tensors[rows.place]
         low.write("labels", [rows, at, labels], at.shape)
         return labels
     if rows.dtype != torch.uint8 or len(at.shape) != 1:
@@ -311,11 +341,12 @@ def _gather(low: _Lowering, node: fx.Node, source: Any, indices: Any) -> _Value:
     factor, offset, chain = 1.0, 0.0, [node]
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
-        number = user.args[1] if len(user.args) == 2 else None
+        number: Any = user.args[1] if len(user.args) == 2 else None
         converts = user.target is aten._to_copy.default and set(user.kwargs) == {"dtype"}
-        if user.target is aten.mul_.Tensor and isinstance(number, float):
-            factor, offset = factor * number, offset * number
-        elif user.target is aten.add_.Tensor and isinstance(number, float):
+        scales = isinstance(number, float) and not user.kwargs
+        if user.target is aten.mul_.Tensor and scales and not offset:
+            factor *= number
+        elif user.target is aten.add_.Tensor and scales:
             offset += number
         elif not converts or user.kwargs["dtype"] not in (torch.float32, low.dtype):
             break
@@ -335,11 +366,11 @@ def _narrow(low: _Lowering, node: fx.Node, source: Any) -> _Value:
         raise NotLoweredError(f"there is no kernel for {node}")
     narrow = low.make(*value.shape)
     low.write("narrow", [value, narrow], [value.numel])
-    return narrow if low.dtype != torch.float64 else value
+    return narrow
 
 
 def _reshape(low: _Lowering, node: fx.Node, source: Any, *_: Any) -> _Value:
-    """A value in another shape; so too the sum of one number."""
+    """Return a value in another shape."""
     value, shape = low.value(source), tuple(node.meta["val"].shape)
     if math.prod(shape) != value.numel:
         raise NotLoweredError(f"there is no kernel for {node} of shape {value.shape}")
@@ -359,12 +390,11 @@ def _one(low: _Lowering, node: fx.Node, *_: Any) -> _Value:
 
 
 def _product(low: _Lowering, node: fx.Node, *operands: Any) -> _Value:
+    del node
     *bias, a, b = operands
-    if node.kwargs:
-        raise NotLoweredError(f"there is no kernel for {node} with {node.kwargs}")
     left, right = low.value(a, turned=True), low.value(b, turned=True)
     (m, k), (_, n) = left.shape, right.shape
-    added = low.value(bias[0], n) if bias else None
+    added = low.value(bias[0], [n]) if bias else None
     out = low.make(m, n)
     low.write("product", [added, left, right, out], [m, n, k, left.turned + 2 * right.turned])
     return out
@@ -376,6 +406,13 @@ def _sum(low: _Lowering, node: fx.Node, source: Any, dims: Any, *_: Any) -> _Val
         raise NotLoweredError(f"there is no kernel for {node} along {dims}")
     out = low.make(*node.meta["val"].shape)
     low.write("column sums", [value, out], value.shape)
+    return out
+
+
+def _sum_of_all(low: _Lowering, node: fx.Node, source: Any) -> _Value:
+    del node
+    value, out = low.value(source), low.make()
+    low.write("column sums", [value, out], [value.numel, 1])
     return out
 
 
@@ -454,7 +491,7 @@ def _batch_norm_backward(
     samples, channels = _matrix(value)
     by_x, by_w, by_b = low.make(samples, channels), low.make(channels), low.make(channels)
     weight, bias = low.optional(w, channels), low.optional(b, channels)
-    operands = [low.value(grad, *value.shape), value, weight, bias, statistics, by_x, by_w, by_b]
+    operands = [low.value(grad, value.shape), value, weight, bias, statistics, by_x, by_w, by_b]
     low.write("batch norm backward", operands, [samples, channels, activation], numbers)
     return by_x, by_w, by_b
 
@@ -502,7 +539,7 @@ def _groups_backward(
     samples, channels = _matrix(value)
     by_x, by_w, by_b = low.make(samples, channels), low.make(channels), low.make(channels)
     kept, weight = low.values[statistics].value, low.optional(w, channels)
-    operands = [low.value(grad, *value.shape), value, weight, kept, by_x, by_w, by_b]
+    operands = [low.value(grad, value.shape), value, weight, kept, by_x, by_w, by_b]
     low.write("group norm backward", operands, [samples, channels, groups])
     return by_x, by_w, by_b
 
@@ -524,10 +561,10 @@ def _elementwise(
 
     def write(low: _Lowering, node: fx.Node, *arguments: Any) -> _Value:
         operands, numbers = arguments[:tensors], arguments[tensors:]
-        if node.kwargs or not takes(*numbers):
+        if not takes(*numbers):
             raise NotLoweredError(f"there is no kernel for {node} with {arguments}")
         first = low.value(operands[0])
-        values = [low.value(each, *first.shape) for each in operands]
+        values = [low.value(each, first.shape) for each in operands]
         out = low.make(*first.shape)
         low.write(operation, [*values, out], [first.numel], [float(each) for each in numbers[:1]])
         return out
@@ -559,7 +596,7 @@ def _count(low: _Lowering, node: fx.Node, counter: Any, by: Any) -> _Value:
 def _copy(low: _Lowering, node: fx.Node, target: Any, source: Any) -> _Value:
     del node
     to = low.value(target)
-    low.write("copy", [low.value(source, *to.shape), to], [to.numel])
+    low.write("copy", [low.value(source, to.shape), to], [to.numel])
     return to
 
 
@@ -568,7 +605,8 @@ def _unbind(low: _Lowering, node: fx.Node, source: Any) -> tuple[_Value, ...]:
     value = low.value(source, dtype=node.meta["val"][0].dtype)
     if value.place < len(low.tensors):
         raise NotLoweredError(f"there is no kernel for {node}")
-    return tuple(low.place(row) for row in low.work[value.place - len(low.tensors)])
+    tensor = low.work[value.place - len(low.tensors)].view(value.shape)
+    return tuple(low.place(row) for row in tensor)
 
 
 def _log_softmax(low: _Lowering, node: fx.Node, x: Any, dim: int, _: bool) -> _Value:
@@ -584,15 +622,19 @@ def _log_softmax_backward(low: _Lowering, node: fx.Node, grad: Any, y: Any, *_: 
     del node
     value = low.value(y)
     out = low.make(*value.shape)
-    low.write("log softmax backward", [low.value(grad, *value.shape), value, out], value.shape)
+    low.write("log softmax backward", [low.value(grad, value.shape), value, out], value.shape)
     return out
 
 
 def _nll(low: _Lowering, node: fx.Node, x: Any, y: Any, *options: Any) -> Any:
     value, out = low.value(x), low.make()
-    if len(value.shape) != 2 or options[:2] != (None, 1):
+    labels = low.value(y, dtype=torch.int64)
+    if len(value.shape) != 2 or options[:2] != (None, 1) or labels.place not in low.labels:
         raise NotLoweredError(f"there is no kernel for {node} with {options}")
-    low.write("nll", [value, low.value(y, dtype=torch.int64), out], value.shape)
+    least, most = low.labels[labels.place].aminmax()
+    if not 0 <= int(least) <= int(most) < value.shape[1]:
+        raise NotLoweredError(f"labels reach from {least} to {most}, of {value.shape[1]} classes")
+    low.write("nll", [value, labels, out], value.shape)
     return out, None
 
 
@@ -611,7 +653,7 @@ _LOWERED: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _narrow,
     aten.view.default: _reshape,
     aten.expand.default: _reshape,
-    aten.sum.default: _reshape,
+    aten.sum.default: _sum_of_all,
     aten.t.default: _transpose,
     aten.ones_like.default: _one,
     aten.addmm.default: _product,
@@ -650,3 +692,6 @@ _LOWERED: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: _nll,
     aten.nll_loss_backward.default: _nll_backward,
 }
+
+_WITH_OPTIONS = {aten._to_copy.default, aten.ones_like.default}
+"""Operations whose named arguments are looked at, or of no consequence."""

@@ -91,8 +91,14 @@ class _Pass(nn.Module):
         return F.cross_entropy(logits, y)
 
 
+_PRODUCTS = {
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
+    *(aten.convolution.default, aten.convolution_backward.default),
+}
+
+
 class _InBfloat16(fx.Interpreter):
-    """Runs a traced pass with its matrix products and convolutions in bfloat16, and no more.
+    """Runs a traced pass with its products of matrices and its convolutions in bfloat16.
 
     What they read is rounded; what they return goes on in the type that it had. Biases are added,
     and their gradients summed up, in that type too.
@@ -100,6 +106,8 @@ class _InBfloat16(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Do what a node says."""
+        if target not in _PRODUCTS or not args[0].is_floating_point():
+            return super().call_function(target, args, kwargs)
         if target in (aten.addmm.default, aten.baddbmm.default):
             bias, *factors = args
             product = aten.mm.default if target == aten.addmm.default else aten.bmm.default
@@ -110,13 +118,11 @@ class _InBfloat16(fx.Interpreter):
             x, weight, bias, *options = args
             y = target(_rounded(x), _rounded(weight), None, *options).to(x.dtype)
             return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
-        if target == aten.convolution_backward.default:
-            grad, x, weight, *options, (by_x, by_weight, by_bias) = args
-            rounded = map(_rounded, (grad, x, weight))
-            gradients = target(*rounded, *options, [by_x, by_weight, False])[:2]
-            wide = (each if each is None else each.to(x.dtype) for each in gradients)
-            return *wide, grad.sum([0, *range(2, x.ndim)]) if by_bias else None
-        return super().call_function(target, args, kwargs)
+        grad, x, weight, *options, (by_x, by_weight, by_bias) = args
+        rounded = map(_rounded, (grad, x, weight))
+        gradients = target(*rounded, *options, [by_x, by_weight, False])[:2]
+        wide = (each if each is None else each.to(x.dtype) for each in gradients)
+        return *wide, grad.sum([0, *range(2, x.ndim)]) if by_bias else None
 
 
 def _rounded(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training run is made of, apart from its arm, learning rate and seed."""
+"""What a training run is made of, apart from its arm, setting and seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,23 @@ from normlab.data import SCALINGS, dataset_names
 from normlab.errors import InputError, did_you_mean
 from normlab.networks import ACTIVATIONS, INITS, check_network
 
-__all__ = ["Measurement", "Outcome", "Recipe", "Replica"]
+__all__ = ["Measurement", "Outcome", "Recipe", "Replica", "Setting"]
+
+
+class Setting(NamedTuple):
+    """What can be tried of an optimizer's numbers.
+
+    Attributes:
+        lr: Learning rate.
+        weight_decay: L2 penalty, added to the gradient of every parameter as in torch.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+
+    def __str__(self) -> str:
+        decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
+        return f"lr {self.lr:g}{decay}"
 
 
 class Replica(NamedTuple):
@@ -27,6 +43,15 @@ class Replica(NamedTuple):
     arm: str
     lr: float
     seed: int
+    weight_decay: float = 0.0
+
+    @property
+    def setting(self) -> Setting:
+        """Its numbers of the optimizer."""
+        return Setting(self.lr, self.weight_decay)
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.setting}, seed {self.seed}"
 
 
 class Measurement(NamedTuple):
@@ -83,9 +108,6 @@ class Recipe(BaseModel):
         "adam", description="adam, which forgives a wrong learning rate most, or sgd."
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd; plain sgd has none.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="L2 penalty, added to the gradient of every parameter as in torch."
-    )
     batch_size: int = Field(32, ge=1, description="Samples in a batch; it sets batch norm's noise.")
     drop_last: bool = Field(
         True,
