@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 
 
@@ -7,3 +9,10 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Keep what is loaded out of the collections that hypothesis makes, up to one an example."""
+    gc.collect()
+    gc.freeze()

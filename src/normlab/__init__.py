@@ -2,7 +2,7 @@
 
 >>> import normlab
 >>> normlab.Study(arms=["plain", "batch"], seeds=5).replicas[0]
-Replica(arm='plain', lr=0.01, seed=0)
+Replica(arm='plain', lr=0.01, seed=0, weight_decay=0.0)
 """
 
 from importlib import import_module as _import_module
