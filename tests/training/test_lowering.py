@@ -8,7 +8,7 @@ from normlab import BatchNorm1d
 from normlab.data import load
 from normlab.kernels import BUILT
 from normlab.training import Recipe, Setting, lowering, optimizers, program
-from normlab.training.lowering import NotLoweredError
+from normlab.training.steps import NotLoweredError
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="the kernels are not built")
 

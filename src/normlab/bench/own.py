@@ -94,9 +94,6 @@ def _advance(steps: int) -> float:
     total = 0.0
     for fleet in _here["fleets"]:
         before = fleet.losses.sum()
-        per_epoch = fleet.steps_per_epoch
-        if fleet.step % per_epoch + steps > per_epoch:
-            fleet.step += per_epoch - fleet.step % per_epoch  # Into the next epoch.
         fleet.advance(fleet.step + steps)
         total += float(fleet.losses.sum() - before) / steps
     return total

@@ -16,7 +16,8 @@ namespace {
 
 using std::int64_t;
 
-// In the order of `_OPERATIONS` in training/lowering.py, which says what each reads and writes.
+// In the order of `OPERATIONS` in training/steps.py; training/lowering.py says what each reads and
+// writes.
 enum class Operation : int64_t {
   kGather, kLabels, kProduct, kColumnSums,
   kBatchNorm, kBatchNormBackward, kGroupNorm, kGroupNormBackward,

@@ -25,8 +25,8 @@ from normlab.data import Splits, gather
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
-from normlab.training.lowering import Steps
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
+from normlab.training.steps import Steps
 
 __all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
 
@@ -156,11 +156,8 @@ class Fleet:
         self.advance(self.step + 1)
         best = math.inf
         for _ in range(rounds):
-            started, left = time.perf_counter(), steps
-            while left:
-                taken = min(left, self.steps_per_epoch - self.step % self.steps_per_epoch)
-                self.advance(self.step + taken)
-                left -= taken
+            started = time.perf_counter()
+            self.advance(self.step + steps)
             best = min(best, time.perf_counter() - started)
         return best / (steps * len(self.replicas))
 
@@ -222,6 +219,9 @@ class Fleet:
         ]
         if self._is_stacked:
             self._inputs = [[images, labels, *self._state]]
+        kinds = tuple((each.dtype, each.shape[1:]) for each in self._state)
+        # What a pass depends on; put together once, for it is asked for at every step.
+        self._kind = (self.replicas[0].arm, kinds, self.precision, self.engine, self._width)
         # Of one that has diverged nobody draws another order, and a stack still reads it.
         self._shuffled = self.splits.indices["train"].repeat(len(self.replicas), 1)
 
@@ -254,9 +254,7 @@ class Fleet:
 
     def _pass_for(self, batch_size: int) -> program.Pass:
         """Return the pass for batches of a size; only the usual one is worth more than a trace."""
-        kinds = tuple((each.dtype, each.shape[1:]) for each in self._state)
-        arm = self.replicas[0].arm
-        key = (arm, kinds, self.precision, self.engine, self._width, batch_size)
+        key = (*self._kind, batch_size)
         if key not in self._passes:
             rare = batch_size != self.recipe.batch_size and self.engine.code != "eager"
             code = "traced" if rare else self.engine.code
@@ -269,19 +267,22 @@ class Fleet:
         return program.make(self.network, self._width, scaling, example, code, precision)
 
     def advance(self, stop: int) -> None:
-        """Take steps, all of one epoch."""
-        if self.step % self.steps_per_epoch == 0:
-            train = self.splits.indices["train"]
-            for r in self.alive:
-                self._shuffled[r] = train[torch.randperm(len(train), generator=self._orders[r])]
+        """Take steps up to this one."""
         self.network.train()
-        if self._is_stacked:
-            self._advance_all(stop)
-        else:
-            # One after another: a replica's state stays in the cache for all of its steps.
-            for r in self.alive:
-                self._advance_one(r, stop)
-        self.step = stop
+        while self.step < stop:
+            into_epoch = self.step % self.steps_per_epoch
+            if not into_epoch:
+                train = self.splits.indices["train"]
+                for r in self.alive:
+                    self._shuffled[r] = train[torch.randperm(len(train), generator=self._orders[r])]
+            until = min(stop, self.step - into_epoch + self.steps_per_epoch)
+            if self._is_stacked:
+                self._advance_all(until)
+            else:
+                # One after another: a replica's state stays in the cache for all of its steps.
+                for r in self.alive:
+                    self._advance_one(r, until)
+            self.step = until
 
     def _advance_one(self, r: int, stop: int) -> None:
         for run, batches in groupby(self._batches(stop), itemgetter(0)):

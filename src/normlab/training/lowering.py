@@ -1,4 +1,4 @@
-"""A traced pass as a list of instructions that the kernels run, whole spans of steps in one call.
+"""A traced pass as a list of instructions that the kernels run.
 
 Replaying a trace costs some microseconds an operation, and compiling it half a minute. The passes
 of multilayer perceptrons, whose tensors are small, consist of few kinds of operations; for these
@@ -7,169 +7,20 @@ there are kernels (`kernels/steps.cpp`), and between them nothing is left to do.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
-import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from normlab.kernels import ACTIVATIONS, BUILT, kernel
-from normlab.training.optimizers import BETAS, EPS, Optimizer
+from normlab.kernels import ACTIVATIONS, BUILT
+from normlab.training.steps import OPERATIONS, Instruction, NotLoweredError, Steps
 
-__all__ = ["NotLoweredError", "Steps", "lower"]
-
-_OPERATIONS = (
-    *("gather", "labels", "product", "column sums"),
-    *("batch norm", "batch norm backward", "group norm", "group norm backward"),
-    *("relu", "relu backward", "leaky relu", "leaky relu backward"),
-    *("sigmoid", "sigmoid backward", "tanh", "tanh backward", "silu", "silu backward"),
-    *("multiply", "add", "log softmax", "log softmax backward", "nll", "nll backward"),
-    *("count", "narrow", "scale", "lerp", "copy"),
-)
-"""In the order of `Operation` in kernels/steps.cpp."""
+__all__ = ["lower"]
 
 aten = torch.ops.aten
-
-
-class NotLoweredError(Exception):
-    """A pass has an operation, or a layout, that there is no kernel for."""
-
-
-class _Instruction(ctypes.Structure):
-    _fields_ = [
-        ("operation", ctypes.c_int64),
-        ("operands", ctypes.c_int64 * 8),
-        ("sizes", ctypes.c_int64 * 4),
-        ("numbers", ctypes.c_double * 3),
-    ]
-
-
-class _Feed(ctypes.Structure):
-    _fields_ = [("place", ctypes.c_int64), ("bytes", ctypes.c_int64)]
-
-
-_Places, _Pointers = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
-
-
-class _Update(ctypes.Structure):
-    _fields_ = [
-        ("adam", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "beta1", "beta2", "eps", "decay")),
-        *(("count", ctypes.c_int64), ("sizes", _Places), ("gradients", _Places)),
-        *((name, _Pointers) for name in ("parameters", "first", "second")),
-        ("step", ctypes.c_void_p),
-    ]
-
-
-class Steps:
-    """A lowered pass. Called as other passes are, it returns loss and gradients."""
-
-    def __init__(
-        self,
-        instructions: Sequence[_Instruction],
-        work: Sequence[Tensor],
-        outputs: Sequence[tuple[int, Tensor]],
-        dtype: torch.dtype,
-    ) -> None:
-        self._program = (_Instruction * len(instructions))(*instructions)
-        self._work, self._results = work, [tensor for _, tensor in outputs]
-        (self._loss, _), *gradients = outputs
-        self._gradients = (ctypes.c_int64 * len(gradients))(*(place for place, _ in gradients))
-        self._wide, self._gemm = dtype == torch.float64, _gemm(dtype)
-        self._lock = threading.Lock()  # What lies between instructions is there once.
-
-    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the pass once."""
-        with self._lock:
-            self._run(tensors, [], 1, None)
-            return [each.clone() for each in self._results]
-
-    def train(
-        self, state: Sequence[Tensor], fed: Sequence[Tensor], optimizer: Optimizer, replica: int
-    ) -> float:
-        """Take steps with a replica, and return the sum of their losses.
-
-        Args:
-            state: The arguments that stay: images, labels, parameters and buffers.
-            fed: Those that are others in every step, stacked: dropout masks and indices.
-            optimizer: Has the parameters, and moves them.
-            replica: Which of its.
-        """
-        columns, recipe = optimizer.columns(replica), optimizer.recipe
-        setting = optimizer.settings[replica]
-        moments = [_pointers(each) for each in columns.moments]
-        sizes = [each.numel() for each in columns.parameters]
-        update = _Update(
-            recipe.optimizer == "adam",
-            setting.lr,
-            recipe.momentum,
-            *(*BETAS, EPS),
-            setting.weight_decay,
-            len(sizes),
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            self._gradients,
-            _pointers(columns.parameters),
-            *(*moments, None, None)[:2],
-            columns.steps[0].data_ptr(),
-        )
-        with self._lock:
-            return self._run([*state, *fed], fed, len(fed[-1]), update)
-
-    def _run(
-        self,
-        arguments: Sequence[Tensor],
-        fed: Sequence[Tensor],
-        steps: int,
-        update: _Update | None,
-    ) -> float:
-        first = len(arguments) - len(fed)
-        feeds = [_Feed(first + i, each[0].nbytes) for i, each in enumerate(fed)]
-        total: float = _take_steps()(
-            self._program,
-            len(self._program),
-            _pointers([*arguments, *self._work]),
-            (_Feed * len(feeds))(*feeds),
-            len(feeds),
-            steps,
-            self._loss,
-            None if update is None else ctypes.byref(update),
-            self._gemm,
-            self._wide,
-        )
-        return total
-
-
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(each.data_ptr() for each in tensors))
-
-
-@lru_cache(maxsize=1)
-def _take_steps() -> Any:
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = [pointer, size, pointer, pointer, size, size, size, pointer, pointer, ctypes.c_int]
-    return kernel("normlab_take_steps", arguments, ctypes.c_double)
-
-
-@lru_cache(maxsize=2)
-def _gemm(dtype: torch.dtype) -> int:
-    """Return the address of BLAS's matrix product, of the BLAS that torch brings."""
-    name = {torch.float32: "sgemm_", torch.float64: "dgemm_"}.get(dtype)
-    folder = Path(torch.__file__).parent / "lib"
-    for library in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
-        if name is not None and library.exists():
-            function = getattr(ctypes.CDLL(str(library)), name, None)
-            if function is not None:
-                return ctypes.cast(function, ctypes.c_void_p).value or 0
-    raise NotLoweredError(f"no matrix product for {dtype}")
-
-
-# ------------------------------------------------------------------------- lowering
 
 
 class _Value(NamedTuple):
@@ -220,7 +71,7 @@ class _Lowering:
     def __init__(self, graph: fx.Graph, tensors: Sequence[Tensor]) -> None:
         self.graph, self.tensors = graph, tensors
         self.dtype = next(each.dtype for each in tensors if each.is_floating_point())
-        self.instructions: list[_Instruction] = []
+        self.instructions: list[Instruction] = []
         self.work: list[Tensor] = []
         self.values: dict[fx.Node, Any] = {}
         self.labels: dict[int, Tensor] = {}
@@ -295,6 +146,13 @@ class _Lowering:
         """Return the value of a node that may be missing."""
         return None if node is None else self.value(node, shape)
 
+    def kept(self, node: Any) -> _Value:
+        """Return what a kernel kept for its backward pass."""
+        opaque = self.values[node]
+        if not isinstance(opaque, _Opaque):
+            raise NotLoweredError(f"{node} was not kept by a kernel")
+        return opaque.value
+
     def make(self, *shape: int, dtype: torch.dtype | None = None) -> _Value:
         """Return a new value, zero for now."""
         return self.place(torch.zeros(shape, dtype=dtype or self.dtype))
@@ -313,7 +171,7 @@ class _Lowering:
         numbers: Sequence[float] = (),
     ) -> None:
         """Add an instruction."""
-        instruction = _Instruction(_OPERATIONS.index(operation))
+        instruction = Instruction(OPERATIONS.index(operation))
         for i, each in enumerate(operands):
             instruction.operands[i] = -1 if each is None else each.place
         instruction.sizes[: len(sizes)] = sizes
@@ -379,8 +237,7 @@ def _reshape(low: _Lowering, node: fx.Node, source: Any, *_: Any) -> _Value:
 
 def _transpose(low: _Lowering, node: fx.Node, source: Any) -> _Value:
     value = low.value(source, turned=True)
-    shape = tuple(node.meta["val"].shape)
-    return value._replace(shape=shape, turned=value.turned != (len(shape) == 2))
+    return value._replace(shape=tuple(node.meta["val"].shape), turned=not value.turned)
 
 
 def _one(low: _Lowering, node: fx.Node, *_: Any) -> _Value:
@@ -460,9 +317,7 @@ def _stock_batch_norm_backward(
     *_, statistics, _, training, eps, _ = rest
     if not training:
         raise NotLoweredError(f"{node} does not use the batch's statistics")
-    kept = low.values[statistics].value
-    gradients = _batch_norm_backward(low, grad, x, w, None, kept, [0.0, eps])
-    return gradients[0], *gradients[1:]
+    return _batch_norm_backward(low, grad, x, w, None, low.kept(statistics), [0.0, eps])
 
 
 def _own_batch_norm_backward(
@@ -538,7 +393,7 @@ def _groups_backward(
     value = low.value(x)
     samples, channels = _matrix(value)
     by_x, by_w, by_b = low.make(samples, channels), low.make(channels), low.make(channels)
-    kept, weight = low.values[statistics].value, low.optional(w, channels)
+    kept, weight = low.kept(statistics), low.optional(w, channels)
     operands = [low.value(grad, value.shape), value, weight, kept, by_x, by_w, by_b]
     low.write("group norm backward", operands, [samples, channels, groups])
     return by_x, by_w, by_b
