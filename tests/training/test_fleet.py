@@ -11,7 +11,16 @@ from normlab.errors import NormlabError
 from normlab.layers import draw_dropout_from
 from normlab.networks import build_network
 from normlab.streams import stream
-from normlab.training import Engine, Fleet, Measurement, Outcome, Recipe, Replica, fleet
+from normlab.training import (
+    Engine,
+    Fleet,
+    Measurement,
+    Outcome,
+    Recipe,
+    Replica,
+    evaluation,
+    fleet,
+)
 
 EAGER, TRACED = Engine("looped", "eager"), Engine("looped", "traced")
 STACKED, NATIVE = Engine("stacked", "traced"), Engine("looped", "native")
@@ -37,7 +46,7 @@ def train(*arguments, engine=EAGER):
 
 
 def evaluate(network, *arguments):
-    (found,) = fleet.evaluate([network.eval()], *arguments)
+    (found,) = evaluation.evaluate([network.eval()], *arguments)
     return found
 
 
@@ -255,6 +264,21 @@ def test_stacked_looped_and_a_loop_by_hand_agree_to_1e_9_in_float64(splits, arm,
             assert state.keys() == reference.keys()
             for name, value in state.items():
                 torch.testing.assert_close(value, reference[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
+def test_steps_into_another_epoch_are_those_that_stop_at_its_start(splits, engine):
+    recipe, replicas = Recipe(epochs=3), [Replica("batch", 0.01, seed) for seed in range(2)]
+
+    def advanced(*stops):
+        trained = Fleet([build("batch", 0), build("batch", 1)], replicas, recipe, splits, engine)
+        for stop in stops:
+            trained.advance(stop)
+        return trained
+
+    whole, parts = advanced(14), advanced(2, 6, 12, 14)
+    assert whole.step == parts.step == 14
+    assert all(same_bits(whole.state(r), parts.state(r)) for r in range(2))
 
 
 @pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
@@ -491,7 +515,7 @@ def test_evaluation_moves_nothing_and_leaves_eval_mode(trained, splits):
 def test_evaluation_does_not_depend_on_its_batches(trained, splits, monkeypatch, size):
     indices = splits.indices["test"]
     alone = [evaluated(trained, splits, indices[i : i + 1]) for i in range(len(indices))]
-    monkeypatch.setattr("normlab.training.fleet.EVALUATION_BATCH", size)
+    monkeypatch.setattr("normlab.training.evaluation.EVALUATION_BATCH", size)
     watch = Watch(trained)
     loss, accuracy = evaluated(trained, splits, indices)
     # The mean of the samples' own losses, in which a batch's mean would weigh 5 as much as 7.

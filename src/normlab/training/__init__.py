@@ -2,7 +2,8 @@
 
 from normlab.training.choice import ENGINES, Choice
 from normlab.training.engine import Event, run_replicas
-from normlab.training.fleet import Engine, Fleet, evaluate, train
+from normlab.training.evaluation import evaluate
+from normlab.training.fleet import Engine, Fleet, train
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
 
 __all__ = [

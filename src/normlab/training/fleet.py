@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,12 +24,12 @@ from normlab.data import Splits, gather
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
+from normlab.training.evaluation import evaluate
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 from normlab.training.steps import Steps
 
-__all__ = ["EVALUATION_BATCH", "Engine", "Fleet", "evaluate", "train"]
+__all__ = ["Engine", "Fleet", "train"]
 
-EVALUATION_BATCH = 2000
 _SPAN = 50  # Steps in one call, in which nothing can interrupt it.
 _MASKS = 2**26  # Bytes of dropout masks that are drawn ahead.
 _Batch = tuple[program.Pass, int, int]
@@ -186,7 +185,7 @@ class Fleet:
             batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
             mine[-1], its[-1] = batch.expand_as(mine[-1]), batch.expand_as(its[-1])
             found, expected = run([images, labels, *mine]), other([images, labels, *its])
-            if not _are_close([*found, *mine], [*expected, *its], tolerance):
+            if not program.are_close([*found, *mine], [*expected, *its], tolerance):
                 return False
         return True
 
@@ -398,37 +397,6 @@ class Fleet:
         return {**kept, "losses": self.losses}
 
 
-@torch.no_grad()
-def evaluate(
-    networks: Sequence[Callable[[Tensor], Tensor]],
-    images: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    scaling: str,
-    dtype: torch.dtype = torch.float32,
-) -> list[tuple[float, float]]:
-    """Return the mean cross-entropy and the accuracy of several networks on the same images.
-
-    Args:
-        networks: In eval mode; each turns images into logits.
-        images: uint8, shape (N, C, H, W).
-        labels: int64, shape (N,).
-        indices: Which of the N, int64.
-        scaling: As `normlab.data.scale` takes it.
-        dtype: Of the networks.
-    """
-    loss = torch.zeros(len(networks), dtype=torch.float64)
-    correct = torch.zeros(len(networks), dtype=torch.float64)
-    for batch in indices.split(EVALUATION_BATCH):
-        x, y = gather(images, batch, scaling).to(dtype), labels[batch]
-        for i, network in enumerate(networks):
-            logits = network(x)
-            loss[i] += F.cross_entropy(logits, y, reduction="sum")
-            correct[i] += (logits.argmax(1) == y).sum()
-    n = len(indices)
-    return list(zip((loss / n).tolist(), (correct / n).tolist(), strict=True))
-
-
 def train(
     network: nn.Module,
     replica: Replica,
@@ -452,26 +420,6 @@ def train(
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             value.copy_(trained[name])
     network.train()
-
-
-def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
-    """Tell whether tensors are the same up to roundings, each of them as a whole.
-
-    Some consist of roundings: a bias before a batch norm has such a gradient. So what is tiny
-    beside the largest tensor is the same too.
-    """
-    norms = [float(each.nan_to_num().norm()) for each in expected if each.is_floating_point()]
-    for a, b in zip(found, expected, strict=True):
-        if not a.is_floating_point():
-            if not a.equal(b):
-                return False
-        elif not a.isfinite().equal(b.isfinite()):
-            return False
-        else:
-            a, b = a.nan_to_num(), b.nan_to_num()
-            if float((a - b).norm()) > tolerance * float(b.norm()) + 1e-6 * max(norms):
-                return False
-    return True
 
 
 def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:

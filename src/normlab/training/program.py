@@ -28,7 +28,7 @@ from normlab.errors import InputError
 from normlab.layers import Dropout
 from normlab.training.lowering import lower
 
-__all__ = ["Pass", "cache_folder", "dropouts_of", "dropped", "make"]
+__all__ = ["Pass", "are_close", "cache_folder", "dropouts_of", "dropped", "make"]
 
 aten = torch.ops.aten
 
@@ -182,6 +182,26 @@ def make(
         return replayed
 
     return replay
+
+
+def are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Tell whether tensors are the same up to roundings, each of them as a whole.
+
+    Some consist of roundings: a bias before a batch norm has such a gradient. So what is tiny
+    beside the largest tensor is the same too.
+    """
+    norms = [float(each.nan_to_num().norm()) for each in expected if each.is_floating_point()]
+    for a, b in zip(found, expected, strict=True):
+        if not a.is_floating_point():
+            if not a.equal(b):
+                return False
+        elif not a.isfinite().equal(b.isfinite()):
+            return False
+        else:
+            a, b = a.nan_to_num(), b.nan_to_num()
+            if float((a - b).norm()) > tolerance * float(b.norm()) + 1e-6 * max(norms):
+                return False
+    return True
 
 
 def _compiled(traced: Any, tensors: Sequence[Tensor]) -> Pass:

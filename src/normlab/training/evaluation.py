@@ -1,0 +1,46 @@
+"""Evaluation: what networks make of images, in large batches that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normlab.data import gather
+
+__all__ = ["EVALUATION_BATCH", "evaluate"]
+
+EVALUATION_BATCH = 2000
+
+
+@torch.no_grad()
+def evaluate(
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    images: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    scaling: str,
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[float, float]]:
+    """Return the mean cross-entropy and the accuracy of several networks on the same images.
+
+    Args:
+        networks: In eval mode; each turns images into logits.
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+        indices: Which of the N, int64.
+        scaling: As `normlab.data.scale` takes it.
+        dtype: Of the networks.
+    """
+    loss = torch.zeros(len(networks), dtype=torch.float64)
+    correct = torch.zeros(len(networks), dtype=torch.float64)
+    for batch in indices.split(EVALUATION_BATCH):
+        x, y = gather(images, batch, scaling).to(dtype), labels[batch]
+        for i, network in enumerate(networks):
+            logits = network(x)
+            loss[i] += F.cross_entropy(logits, y, reduction="sum")
+            correct[i] += (logits.argmax(1) == y).sum()
+    n = len(indices)
+    return list(zip((loss / n).tolist(), (correct / n).tolist(), strict=True))
