@@ -17,8 +17,13 @@ from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parent / "src/normlab/kernels/batch_norm.cpp"
-PROGRAMS = {"batch norm": [HERE / "sanitize.cpp"], "steps": [HERE / "sanitize_steps.cpp", KERNELS]}
+KERNELS = HERE.parent / "src/normlab/kernels"
+CONVOLUTION = KERNELS / "convolution.cpp"
+PROGRAMS = {
+    "batch norm": [HERE / "sanitize.cpp"],
+    "convolution": [HERE / "sanitize_convolution.cpp", CONVOLUTION],
+    "steps": [HERE / "sanitize_steps.cpp", KERNELS / "batch_norm.cpp", CONVOLUTION],
+}
 SANITIZERS = {
     "address,undefined": {},
     # The runtime of OpenMP is not instrumented; its tool, Archer, reports what it synchronizes.

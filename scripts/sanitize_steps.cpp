@@ -72,9 +72,10 @@ double train(bool batch, bool adam) {
   const int64_t kept = batch ? net.make(2 * width * 8) : net.values(2 * n * 2);
   if (batch) {
     net.write(O::kCount, {counter}, {});
-    net.write(O::kBatchNorm, {z, gamma, beta, mean, var, normed, kept}, {n, width}, {0.1, 1e-5});
+    net.write(O::kBatchNorm, {z, gamma, beta, mean, var, normed, kept}, {n, width, 1},
+              {0.1, 1e-5});
   } else {
-    net.write(O::kGroupNorm, {z, gamma, beta, normed, kept}, {n, width, 2}, {0, 1e-5});
+    net.write(O::kGroupNorm, {z, gamma, beta, normed, kept}, {n, width, 2, 1}, {0, 1e-5});
   }
   net.write(batch ? O::kReLU : O::kTanh, {normed, active}, {n * width});
   net.write(O::kMultiply, {active, masks, dropped}, {n * width});
@@ -95,10 +96,10 @@ double train(bool batch, bool adam) {
   net.write(batch ? O::kReLUBackward : O::kTanhBackward, {by_active, active, by_normed}, {n * width});
   if (batch)
     net.write(O::kBatchNormBackward, {by_normed, z, gamma, -1, kept, by_z, by_gamma, by_beta},
-              {n, width}, {0, 1e-5});
+              {n, width, 1}, {0, 1e-5});
   else
     net.write(O::kGroupNormBackward, {by_normed, z, gamma, kept, by_z, by_gamma, by_beta},
-              {n, width, 2});
+              {n, width, 2, 1});
   net.write(O::kProduct, {-1, by_z, x, by_w1}, {width, pixels, n, 1});
   net.write(O::kColumnSums, {by_z, by_b1}, {n, width});
 

@@ -16,3 +16,5 @@ def _small_heap():
     """Keep what is loaded out of the collections that hypothesis makes, up to one an example."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()

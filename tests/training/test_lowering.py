@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from normlab import BatchNorm1d
+from normlab import BatchNorm1d, BatchNorm2d
 from normlab.data import load
 from normlab.kernels import BUILT
 from normlab.training import Recipe, Setting, lowering, optimizers, program
@@ -58,6 +58,17 @@ def mlp(*layers):
     return network
 
 
+def images(*layers, features=96):
+    """A network whose layers get images of four channels, 7×9."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 252), nn.Unflatten(1, (4, 7, 9)), *layers)
+    network.extend([nn.Flatten(), nn.Linear(features, 10)])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return network
+
+
 def arguments(network, data, batch):
     state = [each.detach() for each in (*network.parameters(), *network.buffers())]
     return [*data, *(each.clone() for each in state), batch]
@@ -95,6 +106,28 @@ NETWORKS = {
     "rows of another shape": lambda: mlp(
         kept(lambda _, x: x.sum(0).view(3, 4).unbind()[1], size=4)
     ),
+    "channels of runs": lambda: mlp(
+        nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3), nn.GroupNorm(3, 3), nn.Flatten()
+    ),
+    "norm of parts": lambda: mlp(nn.Unflatten(1, (3, 4)), nn.LayerNorm(4), nn.Flatten()),
+    "convolution": lambda: images(nn.Conv2d(4, 3, (2, 5)), features=90),
+    "convolutions with rims": lambda: images(
+        nn.Conv2d(4, 7, (3, 5), padding=(2, 1)),
+        nn.Tanh(),
+        nn.Conv2d(7, 2, 3, padding="same", bias=False),
+        features=126,
+    ),
+    "average pooling": lambda: images(nn.AvgPool2d((3, 2)), features=32),
+    "max pooling": lambda: images(nn.MaxPool2d(2), features=48),
+    "convolution and batch norm": lambda: images(
+        nn.Conv2d(4, 6, 3), BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d((5, 1)), features=42
+    ),
+    "stock batch norm of images": lambda: images(nn.BatchNorm2d(4), features=252),
+    "group norm of images": lambda: images(nn.GroupNorm(2, 4), features=252),
+    "group norm of images, no affine": lambda: images(
+        nn.GroupNorm(2, 4, affine=False), features=252
+    ),
+    "layer norm of images": lambda: images(nn.LayerNorm([4, 7, 9]), features=252),
     "lerp": lambda: mlp(kept(lambda self, x: torch.lerp(self.kept, x.sum(0), 0.3))),
 }
 
@@ -184,6 +217,11 @@ def counted(self, x):
     return x
 
 
+def on_images(layer, features):
+    """The layer, given three channels, 2×2, and what brings what it makes of them to twelve."""
+    return nn.Sequential(nn.Unflatten(1, (3, 2, 2)), layer, nn.Flatten(), nn.Linear(features, 12))
+
+
 REFUSED = {
     "gelu": (nn.GELU(), "no kernel for aten.gelu"),
     "relu6": (nn.ReLU6(), "no kernel for aten.hardtanh"),
@@ -194,18 +232,20 @@ REFUSED = {
     "a number more": (Function(lambda _, x: x.add(x, alpha=3)), "alpha"),
     "counts by five": (Function(counted), "alpha"),
     "a factor": (Function(lambda _, x: 2 * x), "float32"),
-    "channels of runs": (
-        nn.Sequential(nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3), nn.Flatten()),
-        "no kernel that normalizes shape",
+    "strides": (on_images(nn.Conv2d(3, 3, 1, stride=2), 3), "no kernel for convolution"),
+    "dilation": (on_images(nn.Conv2d(3, 4, 2, dilation=(1, 2), padding=1), 24), "convolution"),
+    "groups": (on_images(nn.Conv2d(3, 3, 1, groups=3), 12), "no kernel for convolution"),
+    "a wide rim": (on_images(nn.Conv2d(3, 3, 1, padding=1), 48), "no kernel for convolution"),
+    "transposed": (on_images(nn.ConvTranspose2d(3, 3, 1), 12), "no kernel for convolution"),
+    "runs": (
+        nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 3, 1), nn.Flatten()),
+        "no kernel for convolution",
     ),
-    "norm of parts": (
-        nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LayerNorm(4), nn.Flatten()),
-        "no kernel that normalizes shape",
-    ),
-    "convolution": (
-        nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 12, 2), nn.Flatten()),
-        "no kernel for aten.convolution",
-    ),
+    "pools with gaps": (on_images(nn.AvgPool2d(1, stride=2), 3), "no kernel for avg_pool2d"),
+    "pools with rims": (on_images(nn.MaxPool2d(2, padding=1), 12), "no kernel for max_pool2d"),
+    "pools over a rim": (on_images(nn.AvgPool2d((2, 3), ceil_mode=True), 3), "avg_pool2d"),
+    "pools of a part": (on_images(nn.MaxPool2d(1, dilation=2), 12), "no kernel for max_pool2d"),
+    "pools that sum": (on_images(nn.AvgPool2d(2, divisor_override=1), 3), "avg_pool2d"),
     "rows of a buffer": (Table(), "only the data are gathered"),
     "frozen batch norm": (nn.BatchNorm1d(12), "does not use the batch's statistics"),
 }

@@ -18,7 +18,9 @@ from pathlib import Path
 
 __all__ = ["LIBRARY", "SOURCES", "build", "instruction_sets"]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("batch_norm.cpp", "steps.cpp")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.cpp") for name in ("batch_norm", "convolution", "steps")
+]
 LIBRARY = Path(__file__).with_name("_kernels.so")
 
 _FLAGS = [

@@ -17,7 +17,33 @@
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 enum Activation { kIdentity = 0, kReLU = 1, kLeakyReLU = 2, kSigmoid = 3, kSiLU = 4 };
 
+// Images (images, in, height, width) and a window (out, in, window_height, window_width), each in
+// rows; `rim_*` are the zeros around an image. Neither rim is as wide as the window.
+struct Convolution {
+  std::int64_t images, in, height, width, out, window_height, window_width, rim_height, rim_width;
+};
+
+// Of images' channels, `planes` in all; the windows lie side by side. Otherwise than by the average it
+// is by the largest.
+struct Pooling {
+  std::int64_t average, planes, height, width, window_height, window_width;
+};
+
 extern "C" {
+
+// Of float, or of double if `wide`. `bias` may be null.
+void NORMLAB_NAME(normlab_convolve)(int wide, const Convolution* c, const void* x,
+                                    const void* weight, const void* bias, void* y);
+
+// `grad_x` and `grad_bias` may be null.
+void NORMLAB_NAME(normlab_convolve_backward)(int wide, const Convolution* c, const void* grad,
+                                             const void* x, const void* weight, void* grad_x,
+                                             void* grad_weight, void* grad_bias);
+
+void NORMLAB_NAME(normlab_pool)(int wide, const Pooling* p, const void* x, void* y);
+// `x` is not looked at where the average is taken.
+void NORMLAB_NAME(normlab_pool_backward)(int wide, const Pooling* p, const void* grad,
+                                         const void* x, void* grad_x);
 
 // Pointers are null where their tensor is absent: residual, weight, bias, and in training the running
 // statistics, which else move by `momentum`. `statistics` receives what was normalized by: R * C

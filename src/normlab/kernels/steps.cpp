@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -20,6 +21,7 @@ using std::int64_t;
 // writes.
 enum class Operation : int64_t {
   kGather, kLabels, kProduct, kColumnSums,
+  kConvolution, kConvolutionBackward, kPool, kPoolBackward,
   kBatchNorm, kBatchNormBackward, kGroupNorm, kGroupNormBackward,
   kReLU, kReLUBackward, kLeakyReLU, kLeakyReLUBackward, kSigmoid, kSigmoidBackward,
   kTanh, kTanhBackward, kSiLU, kSiLUBackward, kMultiply, kAdd,
@@ -30,7 +32,7 @@ enum class Operation : int64_t {
 struct Instruction {
   Operation operation;
   int64_t operands[8];  // Places in the table of pointers; a negative one stands for nothing.
-  int64_t sizes[4];
+  int64_t sizes[9];
   double numbers[3];
 };
 
@@ -121,15 +123,23 @@ void column_sums(int64_t rows, int64_t columns, const T* x, T* __restrict out) {
   }
 }
 
-// Normalizes each of `groups` parts of every row. `statistics`: their means, then 1/deviations.
+// Calls `run` with runs of a part's values: where each starts, how many values and which channel it
+// has, and how far a channel is from the next value's: 1, or 0 where a channel has several.
+template <class Run>
+void in_runs(int64_t channel, int64_t width, int64_t spatial, Run run) {
+  if (spatial == 1) return run(0, width, channel, std::integral_constant<int, 1>{});
+  for (int64_t start = 0; start < width; start += spatial, ++channel)
+    run(start, spatial, channel, std::integral_constant<int, 0>{});
+}
+
+// Normalizes each of `groups` parts of every sample. `statistics`: their means, then 1/deviations.
 template <class T>
-void group_norm(int64_t rows, int64_t columns, int64_t groups, double eps, const T* x,
-                const T* weight, const T* bias, T* y, T* statistics) {
-  const int64_t width = columns / groups;
-  for (int64_t part = 0; part < rows * groups; ++part) {
+void group_norm(int64_t samples, int64_t channels, int64_t groups, int64_t spatial, double eps,
+                const T* x, const T* weight, const T* bias, T* y, T* statistics) {
+  const int64_t width = channels / groups * spatial;
+  for (int64_t part = 0; part < samples * groups; ++part) {
     const T* __restrict from = x + part * width;
     T* __restrict to = y + part * width;
-    const int64_t channel = part % groups * width;
     T sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < width; ++i) sum += from[i];
@@ -137,48 +147,61 @@ void group_norm(int64_t rows, int64_t columns, int64_t groups, double eps, const
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < width; ++i) squares += (from[i] - mean) * (from[i] - mean);
     const T rstd = T(1) / std::sqrt(squares / T(width) + T(eps));
+    in_runs(part % groups * (channels / groups), width, spatial,
+            [&](int64_t start, int64_t count, int64_t channel, auto step) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i)
-      to[i] = (from[i] - mean) * rstd * (weight ? weight[channel + i] : T(1)) +
-              (bias ? bias[channel + i] : T(0));
+              for (int64_t i = 0; i < count; ++i)
+                to[start + i] = (from[start + i] - mean) * rstd *
+                                    (weight ? weight[channel + i * step] : T(1)) +
+                                (bias ? bias[channel + i * step] : T(0));
+            });
     statistics[part] = mean;
-    statistics[rows * groups + part] = rstd;
+    statistics[samples * groups + part] = rstd;
   }
 }
 
 template <class T>
-void group_norm_backward(int64_t rows, int64_t columns, int64_t groups, const T* grad, const T* x,
-                         const T* weight, const T* statistics, T* grad_x, T* grad_weight,
-                         T* grad_bias) {
-  const int64_t width = columns / groups;
-  if (grad_weight) std::fill_n(grad_weight, columns, T(0));
-  if (grad_bias) std::fill_n(grad_bias, columns, T(0));
-  for (int64_t part = 0; part < rows * groups; ++part) {
+void group_norm_backward(int64_t samples, int64_t channels, int64_t groups, int64_t spatial,
+                         const T* grad, const T* x, const T* weight, const T* statistics,
+                         T* grad_x, T* grad_weight, T* grad_bias) {
+  const int64_t width = channels / groups * spatial;
+  std::fill_n(grad_weight, channels, T(0));
+  std::fill_n(grad_bias, channels, T(0));
+  for (int64_t part = 0; part < samples * groups; ++part) {
     const T* __restrict g = grad + part * width;
     const T* __restrict from = x + part * width;
     T* __restrict to = grad_x + part * width;
-    const T mean = statistics[part], rstd = statistics[rows * groups + part];
-    const int64_t channel = part % groups * width;
+    const T mean = statistics[part], rstd = statistics[samples * groups + part];
+    const int64_t first = part % groups * (channels / groups);
     T sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-    for (int64_t i = 0; i < width; ++i) {
-      const T h = weight ? g[i] * weight[channel + i] : g[i];
-      sum += h;
-      product += h * (from[i] - mean) * rstd;
-    }
+    in_runs(first, width, spatial, [&](int64_t start, int64_t count, int64_t channel, auto step) {
+      T by_weight = 0, by_bias = 0;  // Of the run's only channel.
+#pragma omp simd reduction(+ : sum, product, by_weight, by_bias)
+      for (int64_t i = 0; i < count; ++i) {
+        const T value = (from[start + i] - mean) * rstd;
+        const T scale = weight ? weight[channel + i * step] : T(1);
+        sum += g[start + i] * scale;
+        product += g[start + i] * scale * value;
+        if (step) {
+          grad_weight[channel + i * step] += g[start + i] * value;
+          grad_bias[channel + i * step] += g[start + i];
+        } else {
+          by_weight += g[start + i] * value;
+          by_bias += g[start + i];
+        }
+      }
+      grad_weight[channel] += by_weight;
+      grad_bias[channel] += by_bias;
+    });
     sum /= T(width);
     product /= T(width);
+    in_runs(first, width, spatial, [&](int64_t start, int64_t count, int64_t channel, auto step) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const T h = weight ? g[i] * weight[channel + i] : g[i];
-      to[i] = rstd * (h - sum - (from[i] - mean) * rstd * product);
-    }
-    if (grad_weight)
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) grad_weight[channel + i] += g[i] * (from[i] - mean) * rstd;
-    if (grad_bias)
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) grad_bias[channel + i] += g[i];
+      for (int64_t i = 0; i < count; ++i) {
+        const T h = weight ? g[start + i] * weight[channel + i * step] : g[start + i];
+        to[start + i] = rstd * (h - sum - (from[start + i] - mean) * rstd * product);
+      }
+    });
   }
 }
 
@@ -210,7 +233,14 @@ void run(const Instruction& at, void* const* table, Gemm gemm) {
   auto value = [&](int i) { return static_cast<T*>(bytes(i)); };
   auto index = [&](int i) { return static_cast<int64_t*>(bytes(i)); };
   auto wide = [&](int i) { return static_cast<double*>(bytes(i)); };
-  const int activation = static_cast<int>(size[2]);  // Of a batch norm.
+  const int activation = static_cast<int>(size[3]);  // Of a batch norm.
+  const int apart = size[2] == 1;                    // Its channels are the last axis.
+  const int is_wide = sizeof(T) == sizeof(double);
+  auto convolution = [&] {
+    return Convolution{size[0], size[1], size[2], size[3], size[4],
+                       size[5], size[6], size[7], size[8]};
+  };
+  auto pooling = [&] { return Pooling{size[0], size[1], size[2], size[3], size[4], size[5]}; };
   using O = Operation;
   switch (at.operation) {
     case O::kGather:
@@ -223,20 +253,37 @@ void run(const Instruction& at, void* const* table, Gemm gemm) {
       return product(gemm, at, value(0), value(1), value(2), value(3));
     case O::kColumnSums:
       return column_sums(size[0], size[1], value(0), value(1));
+    case O::kConvolution: {
+      const Convolution c = convolution();
+      return NORMLAB_NAME(normlab_convolve)(is_wide, &c, bytes(0), bytes(1), bytes(2), bytes(3));
+    }
+    case O::kConvolutionBackward: {
+      const Convolution c = convolution();
+      return NORMLAB_NAME(normlab_convolve_backward)(is_wide, &c, bytes(0), bytes(1), bytes(2),
+                                                     bytes(3), bytes(4), bytes(5));
+    }
+    case O::kPool: {
+      const Pooling p = pooling();
+      return NORMLAB_NAME(normlab_pool)(is_wide, &p, bytes(0), bytes(1));
+    }
+    case O::kPoolBackward: {
+      const Pooling p = pooling();
+      return NORMLAB_NAME(normlab_pool_backward)(is_wide, &p, bytes(0), bytes(1), bytes(2));
+    }
     case O::kBatchNorm:
       return NORMLAB_NAME(normlab_forward)(
-          dtype_of<T>(), 1, 1, size[0], size[1], 1, bytes(0), nullptr, bytes(1), bytes(2), bytes(3),
+          dtype_of<T>(), apart, 1, size[0], size[1], size[2], bytes(0), nullptr, bytes(1), bytes(2), bytes(3),
           bytes(4), number[0], number[1], activation, number[2], 1, bytes(5), wide(6), 1);
     case O::kBatchNormBackward:
       return NORMLAB_NAME(normlab_backward)(
-          dtype_of<T>(), 1, 1, size[0], size[1], 1, bytes(0), bytes(1), nullptr, bytes(2), bytes(3),
+          dtype_of<T>(), apart, 1, size[0], size[1], size[2], bytes(0), bytes(1), nullptr, bytes(2), bytes(3),
           wide(4), number[1], activation, number[2], 1, bytes(5), nullptr, bytes(6), bytes(7), 1);
     case O::kGroupNorm:
-      return group_norm(size[0], size[1], size[2], number[1], value(0), value(1), value(2),
+      return group_norm(size[0], size[1], size[2], size[3], number[1], value(0), value(1), value(2),
                         value(3), value(4));
     case O::kGroupNormBackward:
-      return group_norm_backward(size[0], size[1], size[2], value(0), value(1), value(2), value(3),
-                                 value(4), value(5), value(6));
+      return group_norm_backward(size[0], size[1], size[2], size[3], value(0), value(1), value(2),
+                                 value(3), value(4), value(5), value(6));
     case O::kReLU:
       return map(size[0], value(0), value(1), [](T x) { return x < 0 ? T(0) : x; });
     case O::kReLUBackward:

@@ -20,6 +20,7 @@ from normlab.kernels import BUILT
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.program import cache_folder
 from normlab.training.recipe import Recipe, Replica
+from normlab.training.steps import OPERATIONS
 
 __all__ = ["ENGINES", "STACK", "Choice", "check_engine", "choose"]
 
@@ -135,7 +136,7 @@ def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> 
         *(recipe.model_dump(mode="json", include=set(Recipe.model_fields)).items()),
         tuple(splits.dataset.images.shape),
         (arm, kind, fleet),
-        (version("normlab"), BUILT),
+        (version("normlab"), BUILT, OPERATIONS),
         (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -195,7 +195,7 @@ class Fleet:
         """Make the pass, and lay parameters out as their gradients are, for one sweep over both."""
         self.network.train()
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
-        if not self._is_stacked:
+        if not self._is_stacked and self.engine.code != "native":
             self._parameters = [_channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self._example(self.recipe.batch_size)
         once = program.make(

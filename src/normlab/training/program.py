@@ -40,9 +40,9 @@ buffers; returns losses and gradients."""
 class _Pass(nn.Module):
     """The pass of `width` replicas, to be traced.
 
-    A replica alone has the gradients of its convolutions with the channels last. Where the weights
-    lie so too, torch's convolutions on a CPU take that way, in which their backward pass is twice
-    as fast.
+    The gradients of convolutions are laid out as their weights are. Where these have the channels
+    last, torch's convolutions on a CPU take that way, in which their backward pass is twice as
+    fast.
     """
 
     def __init__(self, network: nn.Module, width: int, scaling: str) -> None:
@@ -61,13 +61,11 @@ class _Pass(nn.Module):
         with torch.enable_grad():
             one = self._loss if self.width == 1 else vmap(self._loss)
             losses = one(parameters, buffers, masks, x, y)
-            gradients = torch.autograd.grad(losses.sum(), parameters)
-        return [losses.detach(), *map(self._laid_out, gradients)]
-
-    def _laid_out(self, gradient: Tensor) -> Tensor:
-        if self.width == 1 and gradient.ndim == 4:
-            return gradient.contiguous(memory_format=torch.channels_last)
-        return gradient
+            # A parameter that the pass does not use has a gradient of zeros.
+            gradients = torch.autograd.grad(
+                losses.sum(), parameters, allow_unused=True, materialize_grads=True
+            )
+        return [losses.detach(), *map(_laid_out, gradients, parameters)]
 
     def _loss(
         self,
@@ -89,6 +87,13 @@ class _Pass(nn.Module):
             for dropout in dropouts:
                 dropout.mask = None
         return F.cross_entropy(logits, y)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    channels_last = torch.channels_last
+    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=channels_last):
+        return gradient.contiguous(memory_format=channels_last)
+    return gradient
 
 
 _PRODUCTS = {

@@ -19,6 +19,7 @@ __all__ = ["OPERATIONS", "Instruction", "NotLoweredError", "Steps"]
 
 OPERATIONS = (
     *("gather", "labels", "product", "column sums"),
+    *("convolution", "convolution backward", "pool", "pool backward"),
     *("batch norm", "batch norm backward", "group norm", "group norm backward"),
     *("relu", "relu backward", "leaky relu", "leaky relu backward"),
     *("sigmoid", "sigmoid backward", "tanh", "tanh backward", "silu", "silu backward"),
@@ -38,7 +39,7 @@ class Instruction(ctypes.Structure):
     _fields_ = [
         ("operation", ctypes.c_int64),
         ("operands", ctypes.c_int64 * 8),
-        ("sizes", ctypes.c_int64 * 4),
+        ("sizes", ctypes.c_int64 * 9),
         ("numbers", ctypes.c_double * 3),
     ]
 

@@ -1,0 +1,118 @@
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normlab.kernels import BUILT, kernel
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="the kernels are not built")
+
+GUARD = 16
+"""Values on either side of a result that nobody may write to: a vector's and more."""
+
+
+class Result:
+    """Memory for a tensor of a shape, with guards around it."""
+
+    def __init__(self, shape, dtype):
+        count = torch.Size(shape).numel()
+        self.memory = torch.full((GUARD + count + GUARD,), 7.0, dtype=dtype)
+        self.tensor = self.memory[GUARD : GUARD + count].view(shape)
+
+    def check(self):
+        assert (self.memory[:GUARD] == 7).all()
+        assert (self.memory[-GUARD:] == 7).all()
+        return self.tensor
+
+
+def pointers(tensors):
+    return [None if each is None else each.data_ptr() for each in tensors]
+
+
+def call(name, sizes, tensors, dtype):
+    struct = (ctypes.c_int64 * len(sizes))(*sizes)
+    arguments = [ctypes.c_int, ctypes.c_void_p, *[ctypes.c_void_p] * len(tensors)]
+    kernel(name, arguments)(dtype == torch.float64, struct, *pointers(tensors))
+
+
+def convolutions(draw):
+    window = [draw(st.integers(1, 5)) for _ in range(2)]
+    rims = [draw(st.integers(0, size - 1)) for size in window]
+    image = [
+        draw(st.integers(max(1, size - 2 * rim), 21))
+        for size, rim in zip(window, rims, strict=True)
+    ]
+    images, inner, outer = (draw(st.integers(1, most)) for most in (9, 7, 14))
+    return images, inner, *image, outer, *window, *rims
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([torch.float32, torch.float64]), st.booleans(), st.booleans())
+def test_convolutions_are_torchs(data, dtype, has_bias, wants_by_x):
+    sizes = images, inner, height, width, outer, *window = convolutions(data.draw)
+    window, rims = window[:2], window[2:]
+    generator = torch.Generator().manual_seed(sum(sizes))
+
+    def some(*shape):
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    x, weight = some(images, inner, height, width), some(outer, inner, *window)
+    bias = some(outer) if has_bias else None
+    exact = [each.double().requires_grad_() for each in (x, weight)]
+    with_bias = torch.zeros(outer).double() if bias is None else bias.double()
+    exact.append(with_bias.requires_grad_())
+    expected = F.conv2d(*exact, padding=rims)
+    y = Result(expected.shape, dtype)
+    call("normlab_convolve", sizes, [x, weight, bias, y.tensor], dtype)
+    grad = some(*expected.shape)
+    by = [Result(each.shape, dtype) for each in (x, weight, with_bias)]
+    found = [by[0].tensor if wants_by_x else None, by[1].tensor, by[2].tensor if has_bias else None]
+    call("normlab_convolve_backward", sizes, [grad, x, weight, *found], dtype)
+    expected_by = torch.autograd.grad(expected, exact, grad.double())
+    # Sums of up to some thousand numbers of about 1, each rounded a few times on its way.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-4
+    pairs = [(y, expected), *zip(by, expected_by, strict=True)]
+    wanted = [True, wants_by_x, True, has_bias]
+    for (result, value), is_wanted in zip(pairs, wanted, strict=True):
+        if is_wanted:
+            torch.testing.assert_close(
+                result.check().double(), value.detach(), rtol=tolerance, atol=tolerance
+            )
+        else:
+            assert (result.memory == 7).all()
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from([torch.float32, torch.float64]), st.booleans())
+def test_poolings_are_torchs(data, dtype, average):
+    window = [data.draw(st.integers(1, 3)) for _ in range(2)]
+    height, width = (data.draw(st.integers(size, 11)) for size in window)
+    planes = data.draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(height + 20 * width)
+    # Few values, so that several of a window are its largest.
+    x = torch.randint(3, (planes, height, width), generator=generator).to(dtype).requires_grad_()
+    expected = (F.avg_pool2d if average else F.max_pool2d)(x, window)
+    grad = torch.randn(expected.shape, dtype=dtype, generator=generator)
+    (expected_by,) = torch.autograd.grad(expected, x, grad)
+    sizes = [average, planes, height, width, *window]
+    y, by = Result(expected.shape, dtype), Result(x.shape, dtype)
+    by.tensor.zero_()  # What no window has is left as it is.
+    call("normlab_pool", sizes, [x, y.tensor], dtype)
+    call("normlab_pool_backward", sizes, [grad, x, by.tensor], dtype)
+    torch.testing.assert_close(y.check(), expected.detach())
+    torch.testing.assert_close(by.check(), expected_by)
+
+
+def test_what_is_no_number_is_the_largest():
+    x = torch.tensor([[1.0, float("nan"), 3.0, float("nan")]]).view(1, 1, 2, 2).requires_grad_()
+    expected = F.max_pool2d(x, 2)
+    (expected_by,) = torch.autograd.grad(expected, x, torch.full_like(expected, 5.0))
+    y, by = torch.empty(1), torch.zeros(1, 1, 2, 2)
+    sizes = [False, 1, 2, 2, 2, 2]
+    call("normlab_pool", sizes, [x, y], torch.float32)
+    call("normlab_pool_backward", sizes, [torch.tensor([5.0]), x, by], torch.float32)
+    assert y.isnan().all()
+    assert by.equal(expected_by)
