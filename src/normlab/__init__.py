@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
     from normlab.study import Study
     from normlab.surgery.convert import convert
+    from normlab.training import Trainer
 
 __version__ = _version("normlab")
 
@@ -41,6 +42,7 @@ __all__ = [
     "NormlabError",
     "Study",
     "SyncBatchNorm",
+    "Trainer",
     "batch_norm",
     "compare",
     "convert",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Comparison": "comparison",
     "Study": "study",
+    "Trainer": "training",
     "compare": "comparison",
     "convert": "surgery",
 }

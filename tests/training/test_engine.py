@@ -329,7 +329,7 @@ class Counts(torch.nn.Module):
 
 
 def test_a_network_whose_trace_does_something_else_is_trained_by_the_module_itself(monkeypatch):
-    monkeypatch.setattr("normlab.training.engine.build_network", lambda *_, **__: Counts())
+    monkeypatch.setattr("normlab.training.engine.build", lambda *_, **__: Counts())
     recipe = QUICK.model_copy(update={"network": "mlp:7"})
     first, *_ = engine.run_replicas(recipe, [Replica("plain", 1e-3, seed) for seed in range(2)])
     assert first.engine == Engine("looped", "eager")

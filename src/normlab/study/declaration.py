@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
-from normlab.networks import build_network, parse_arm
-from normlab.training import Recipe, Replica, Setting
+from normlab.networks import parse_arm
+from normlab.training import Recipe, Replica, Setting, build
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -230,14 +230,7 @@ class Study(Recipe):
                     f"({size} images in batches of {self.batch_size}): "
                     "choose another batch_size, or set drop_last"
                 )
-            build_network(
-                self.network,
-                arm,
-                seed=0,
-                image_shape=splits.dataset.image_shape,
-                classes=splits.dataset.classes,
-                activation=self.activation,
-            )
+            build(self, arm, 0, splits.dataset)
 
 
 def bundled_studies() -> dict[str, Study]:

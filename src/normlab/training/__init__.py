@@ -4,12 +4,15 @@ from normlab.training.choice import ENGINES, Choice
 from normlab.training.engine import Event, run_replicas
 from normlab.training.evaluation import evaluate
 from normlab.training.fleet import Engine, Fleet, train
+from normlab.training.networks import build
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
+from normlab.training.trainer import Evaluation, Trainer
 
 __all__ = [
     "ENGINES",
     "Choice",
     "Engine",
+    "Evaluation",
     "Event",
     "Fleet",
     "Measurement",
@@ -17,6 +20,8 @@ __all__ = [
     "Recipe",
     "Replica",
     "Setting",
+    "Trainer",
+    "build",
     "evaluate",
     "run_replicas",
     "train",

@@ -17,10 +17,11 @@ import torch
 from normlab.data import Splits, load, split
 from normlab.data.datasets import Dataset
 from normlab.errors import NormlabError
-from normlab.networks import build_network, parse_arm
+from normlab.networks import parse_arm
 from normlab.processes import SharedTensor, Workers
 from normlab.training.choice import STACK, Choice, choose
 from normlab.training.fleet import Engine, Fleet
+from normlab.training.networks import build
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
 __all__ = ["Event", "build_fleet", "run_replicas"]
@@ -135,18 +136,7 @@ def build_fleet(
     passes: dict[Any, Any],
 ) -> Fleet:
     """Return a fleet of a recipe's own network; arguments as for `Fleet`."""
-    networks = [
-        build_network(
-            recipe.network,
-            replica.arm,
-            replica.seed,
-            image_shape=splits.dataset.image_shape,
-            classes=splits.dataset.classes,
-            activation=recipe.activation,
-            init=recipe.init,
-        )
-        for replica in replicas
-    ]
+    networks = [build(recipe, replica.arm, replica.seed, splits.dataset) for replica in replicas]
     precision = parse_arm(replicas[0].arm).precision
     return Fleet(networks, replicas, recipe, splits, engine, passes, precision)
 

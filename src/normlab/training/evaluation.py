@@ -23,21 +23,25 @@ def evaluate(
     indices: Tensor,
     scaling: str,
     dtype: torch.dtype = torch.float32,
+    batch_size: int = EVALUATION_BATCH,
 ) -> list[tuple[float, float]]:
     """Return the mean cross-entropy and the accuracy of several networks on the same images.
 
     Args:
         networks: In eval mode; each turns images into logits.
-        images: uint8, shape (N, C, H, W).
+        images: uint8, shape (N, C, H, W), or any inputs that are no bytes, taken as they are.
         labels: int64, shape (N,).
         indices: Which of the N, int64.
         scaling: As `normlab.data.scale` takes it.
         dtype: Of the networks.
+        batch_size: Images at a time.
     """
     loss = torch.zeros(len(networks), dtype=torch.float64)
     correct = torch.zeros(len(networks), dtype=torch.float64)
-    for batch in indices.split(EVALUATION_BATCH):
-        x, y = gather(images, batch, scaling).to(dtype), labels[batch]
+    is_bytes = images.dtype == torch.uint8
+    for batch in indices.split(batch_size):
+        x = gather(images, batch, scaling).to(dtype) if is_bytes else images[batch]
+        y = labels[batch]
         for i, network in enumerate(networks):
             logits = network(x)
             loss[i] += F.cross_entropy(logits, y, reduction="sum")

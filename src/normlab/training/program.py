@@ -34,7 +34,8 @@ aten = torch.ops.aten
 
 Pass = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes a list of images, labels, parameters, buffers, dropout masks and indices; moves the
-buffers; returns losses and gradients."""
+buffers; returns losses and gradients. Images that are not bytes are a batch as it is, whose labels
+must be ones that the network knows; their indices are not looked at."""
 
 
 class _Pass(nn.Module):
@@ -56,8 +57,11 @@ class _Pass(nn.Module):
         split = len(self.parameter_names), len(self.parameter_names) + len(self.buffer_names)
         parameters = [each.detach().requires_grad_() for each in rest[: split[0]]]
         buffers, masks = rest[split[0] : split[1]], rest[split[1] :]
-        x = scale(images[indices], self.scaling).to(parameters[0].dtype)
-        y = labels[indices]
+        if images.dtype == torch.uint8:
+            x = scale(images[indices], self.scaling).to(parameters[0].dtype)
+            y = labels[indices]
+        else:
+            x, y = images, labels  # A batch as it is.
         with torch.enable_grad():
             one = self._loss if self.width == 1 else vmap(self._loss)
             losses = one(parameters, buffers, masks, x, y)

@@ -16,6 +16,7 @@ from pydantic import (
 
 from normlab.data import SCALINGS, dataset_names
 from normlab.errors import InputError, did_you_mean
+from normlab.imports import is_function
 from normlab.networks import ACTIVATIONS, INITS, check_network
 
 __all__ = ["Measurement", "Outcome", "Recipe", "Replica", "Setting"]
@@ -99,7 +100,9 @@ class Recipe(BaseModel):
         description="Training images held out for choices, so that none is made on the test set.",
     )
     scaling: str = Field("0..1", description="Range that bytes are scaled to: 0..1 or -1..1.")
-    network: str = Field("mlp:32,32", description="mlp:SIZES or lenet.")
+    network: str = Field(
+        "mlp:32,32", description="mlp:SIZES, lenet, resnet18, or module:function of your own."
+    )
     activation: str = Field("relu", description="Activation of the hidden layers.")
     init: str = Field(
         "torch", description="First weights: torch's own scheme, or xavier, which some texts use."
@@ -144,8 +147,20 @@ class Recipe(BaseModel):
     @field_validator("network")
     @classmethod
     def _is_a_network(cls, value: str) -> str:
-        check_network(value)
+        if not is_function(value):
+            check_network(value)
         return value
+
+    @model_validator(mode="after")
+    def _own_networks_are_as_they_are(self) -> Recipe:
+        if is_function(self.network):
+            for name in ("activation", "init"):
+                if getattr(self, name) != Recipe.model_fields[name].default:
+                    raise InputError(
+                        f"{name}={getattr(self, name)!r} belongs to normlab's own networks, not "
+                        f"{self.network}: leave it at {Recipe.model_fields[name].default!r}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _momentum_has_an_optimizer(self) -> Recipe:

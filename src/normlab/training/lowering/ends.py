@@ -16,10 +16,14 @@ __all__ = ["ENDS"]
 aten = torch.ops.aten
 
 
+_LABELS = 1
+"""The place of the labels among a pass's arguments."""
+
+
 def _gather(writer: Writer, node: fx.Node, source: Any, indices: Any) -> Value:
     rows = writer.values[source]
     (at,) = (writer.value(each, dtype=torch.int64) for each in indices)
-    if rows.place > 1 or at.place != len(writer.tensors) - 1:
+    if rows.place > _LABELS or at.place != len(writer.tensors) - 1:
         raise NotLoweredError(f"there is no kernel for {node}: only the data are gathered")
     if rows.dtype == torch.int64 and len(rows.shape) == len(at.shape) == 1:
         labels = writer.make(*at.shape, dtype=torch.int64)
@@ -71,11 +75,14 @@ def _log_softmax_backward(writer: Writer, node: fx.Node, grad: Any, y: Any, *_: 
 def _nll(writer: Writer, node: fx.Node, x: Any, y: Any, *options: Any) -> Any:
     value, out = writer.value(x), writer.make()
     labels = writer.value(y, dtype=torch.int64)
-    if len(value.shape) != 2 or options[:2] != (None, 1) or labels.place not in writer.labels:
+    if len(value.shape) != 2 or options[:2] != (None, 1):
         raise NotLoweredError(f"there is no kernel for {node} with {options}")
-    least, most = writer.labels[labels.place].aminmax()
-    if not 0 <= int(least) <= int(most) < value.shape[1]:
-        raise NotLoweredError(f"labels reach from {least} to {most}, of {value.shape[1]} classes")
+    if labels.place != _LABELS:  # These are the caller's to check.
+        least, most = writer.labels[labels.place].aminmax()
+        if not 0 <= int(least) <= int(most) < value.shape[1]:
+            raise NotLoweredError(
+                f"labels reach from {least} to {most}, of {value.shape[1]} classes"
+            )
     writer.write("nll", [value, labels, out], value.shape)
     return out, None
 

@@ -1,0 +1,218 @@
+"""Training a batch at a time, for those who write the loop themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from normlab.data import scale
+from normlab.errors import InputError
+from normlab.layers import draw_dropout_from
+from normlab.streams import stream
+from normlab.training import optimizers, program
+from normlab.training.evaluation import EVALUATION_BATCH, evaluate
+from normlab.training.networks import own_dropouts
+from normlab.training.recipe import Recipe, Setting
+from normlab.training.steps import Steps
+
+__all__ = ["Evaluation", "Trainer"]
+
+_TOLERANCE = 1e-3  # That of fleets: roundings, and nothing that does something else.
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        loss: Mean cross-entropy, in nats.
+        accuracy: The share of samples whose largest logit is their label's.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class _Prepared(NamedTuple):
+    """What is found out once for batches of a shape.
+
+    Attributes:
+        run: Their pass.
+        classes: Width of the output.
+        dropped: Like what the dropout layers get.
+    """
+
+    run: program.Pass
+    classes: int
+    dropped: list[Tensor]
+
+
+class Trainer:
+    """Trains one network in place, by the steps that a study's fleets take.
+
+    For each size of a batch the network's pass is recorded once, compared with what the module does
+    itself, and replayed from then on, by normlab's kernels where there are some for all of it. A
+    network that cannot be replayed is called anew at every step.
+
+    Args:
+        network: Returns logits, (N, classes). Its `torch.nn.Dropout` layers draw from a stream of
+            `seed` from now on.
+        optimizer: `adam` or `sgd`.
+        lr: Learning rate.
+        momentum: Of sgd.
+        weight_decay: L2 penalty, added to the gradient of every parameter.
+        scaling: What becomes of images that are bytes: a key of `normlab.data.SCALINGS`.
+        seed: Of the dropout masks.
+
+    Raises:
+        InputError: An option cannot be used.
+
+    >>> from normlab.data import load
+    >>> from normlab.networks import build_network
+    >>> mnist = load("mnist")
+    >>> network = build_network("mlp:32,32", "batch", 0, image_shape=(1, 28, 28), classes=10)
+    >>> trainer = Trainer(network, lr=0.01)
+    >>> for x, y in zip(mnist.images.split(32)[:300], mnist.labels.split(32)):
+    ...     loss = trainer.step(x, y)
+    >>> trainer.evaluate(mnist.images[60_000:], mnist.labels[60_000:]).accuracy > 0.9
+    True
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        optimizer: str = "adam",
+        lr: float = 0.01,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        scaling: str = "0..1",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(network, nn.Module):
+            raise InputError(f"Trainer expected a torch.nn.Module, got {type(network).__name__}")
+        if not list(network.parameters()):
+            raise InputError("the network has no parameters: there is nothing to train")
+        if not (lr > 0 and weight_decay >= 0):
+            raise InputError(
+                f"{lr=}, {weight_decay=}: expected a rate above 0 and a decay not below"
+            )
+        try:
+            recipe = Recipe(optimizer=optimizer, momentum=momentum, scaling=scaling)
+        except ValidationError as error:
+            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        self.network, self.scaling = network, scaling
+        own_dropouts(network)
+        draw_dropout_from(stream(seed, "dropout"), network)
+        # The module's own memory: it is trained in place.
+        parameters = [each.detach() for each in network.parameters()]
+        self._dtype = parameters[0].dtype
+        self._state = [*parameters, *(each.detach() for each in network.buffers())]
+        stacked = [each.unsqueeze(0) for each in parameters]
+        self._optimizer = optimizers.make(recipe, stacked, [Setting(lr, weight_decay)])
+        self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Take a step on a batch, and return the loss that it had before.
+
+        Args:
+            x: Images as bytes (uint8), or any input of the network; shape (N, …).
+            y: Labels, int64, shape (N,).
+
+        Raises:
+            InputError: The batch cannot be one of this network's.
+        """
+        _check(x, y)
+        self.network.train()
+        x, y = self._typed(x).contiguous(), y.contiguous()
+        key = (x.shape, x.dtype)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(x, y)
+        run, classes, dropped = self._prepared[key]
+        _check_labels(y, classes)
+        layers = zip(program.dropouts_of(self.network), dropped, strict=True)
+        fed = [*(dropout.draw(like) for dropout, like in layers), torch.arange(len(x))]
+        state = [x, y, *self._state]
+        if isinstance(run, Steps):
+            return run.train(state, [each.unsqueeze(0) for each in fed], self._optimizer, 0)
+        loss, *gradients = run([*state, *fed])
+        self._optimizer.step(0, gradients)
+        return float(loss)
+
+    def _prepare(self, x: Tensor, y: Tensor) -> _Prepared:
+        """Make the pass for batches like this one; a recorded one must do what the module does."""
+        scaled = self._typed(scale(x, self.scaling)) if x.dtype == torch.uint8 else x
+        with torch.no_grad():
+            classes = copy.deepcopy(self.network)(scaled).shape[1]
+        _check_labels(y, classes)
+        dropped = program.dropped(self.network, scaled)
+        fed = [*map(torch.ones_like, dropped), torch.arange(len(x))]
+
+        def example() -> list[Tensor]:
+            return [x, y, *(each.clone() for each in self._state), *fed]
+
+        def make(code: str) -> program.Pass:
+            return program.make(self.network, 1, self.scaling, example(), code)
+
+        module, expected = make("eager"), example()
+        expected += module(expected)
+        for code in ("native", "traced"):
+            try:
+                run, found = make(code), example()
+                found += run(found)
+            except Exception:  # Tracing fails in many ways: then it is not for this network.
+                continue
+            if program.are_close(found[2:], expected[2:], _TOLERANCE):
+                return _Prepared(run, classes, dropped)
+        return _Prepared(module, classes, dropped)
+
+    def _typed(self, x: Tensor) -> Tensor:
+        return x.to(self._dtype) if x.is_floating_point() else x
+
+    def evaluate(self, x: Tensor, y: Tensor, batch_size: int | None = None) -> Evaluation:
+        """Evaluate in eval mode; what is in a batch with a sample makes no difference to it.
+
+        Args:
+            x: As `step` takes it.
+            y: The same.
+            batch_size: How many at a time; by default as many as is fast.
+
+        Raises:
+            InputError: There are no samples, or not as many as labels.
+        """
+        _check(x, y)
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: expected at least 1")
+        modes = {each: each.training for each in self.network.modules()}
+        self.network.eval()
+        try:
+            (found,) = evaluate(
+                [self.network],
+                self._typed(x),
+                y,
+                torch.arange(len(x)),
+                self.scaling,
+                self._dtype,
+                batch_size or EVALUATION_BATCH,
+            )
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return Evaluation(*found)
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    if not len(x) or y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise InputError(
+            f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}, {y.dtype}: expected "
+            "(N, …) and (N,), int64, with N above 0"
+        )
+
+
+def _check_labels(y: Tensor, classes: int) -> None:
+    least, most = y.aminmax()
+    if not 0 <= int(least) <= int(most) < classes:
+        raise InputError(f"labels reach from {least} to {most}: expected 0 to {classes - 1}")

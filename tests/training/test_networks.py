@@ -1,0 +1,132 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import normlab
+from normlab.data import load
+from normlab.errors import InputError
+from normlab.layers import Dropout
+from normlab.training import Recipe, build
+
+MODULE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.25), nn.Linear(16, 10),
+    )
+
+
+def bare():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def narrow():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 9))
+
+
+def square():
+    return nn.Conv2d(1, 10, 3)
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, x):
+        return F.dropout(self.linear(x.flatten(1)), 0.5, self.training)
+
+
+class Pair(Random):
+    def forward(self, x):
+        return self.linear(x.flatten(1)), 1
+
+
+def wide():
+    return nn.Linear(3, 10)
+
+
+def text():
+    return "a network"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("own_networks", None)
+
+
+def make(name, arm="batch", seed=0):
+    return build(Recipe(network=f"own_networks:{name}"), arm, seed, load("mnist"))
+
+
+def test_arms_are_made_by_exchanging_norms_and_share_their_first_values():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    plain, batch, group = (make("small", arm) for arm in ("plain", "batch", "group:2"))
+    assert torch.get_rng_state().equal(before)
+    assert isinstance(plain[1], nn.Identity)
+    assert isinstance(batch[1], normlab.BatchNorm2d)
+    assert isinstance(group[5], nn.GroupNorm)
+    for i in (0, 4, 8):
+        assert plain[i].weight.equal(batch[i].weight)
+        assert plain[i].weight.equal(group[i].weight)
+    assert not make("small", "plain", seed=1)[0].weight.equal(plain[0].weight)
+    assert type(batch[7]) is Dropout
+    assert batch[7].p == 0.25
+    assert make("small", "batch+dropout:0.5")[7].p == 0.5
+    assert all(each.training for each in batch.modules())
+    assert batch[1].num_batches_tracked == 0  # As it was made.
+
+
+def test_a_network_without_norms_can_be_plain():
+    assert isinstance(make("bare", "plain"), nn.Sequential)
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "message"),
+    [
+        ("bare", "group:8", "arm 'group:8': the network has no norm layer that group:8 could"),
+        ("bare", "dropout:0.5", "it has no torch.nn.Dropout whose probability could be set"),
+        ("small", "batch@post", "has its norms where it has them: leave out @"),
+        ("narrow", "plain", r"an output of shape \(2, 9\): expected \(2, 10\)"),
+        ("square", "plain", r"an output of shape \(2, 10, 26, 26\)"),
+        ("wide", "plain", r"called with images of shape \(2, 1, 28, 28\) it raised RuntimeError"),
+        ("Random", "plain", "called twice it returned different outputs"),
+        ("Pair", "plain", "it returned a tuple: expected a tensor of logits"),
+        ("text", "plain", "expected a torch.nn.Module, got str"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(name, arm, message):
+    with pytest.raises(InputError, match=message):
+        make(name, arm)
+
+
+def test_options_of_normlabs_own_networks_are_refused():
+    with pytest.raises(ValueError, match="activation='tanh' belongs to normlab's own networks"):
+        Recipe(network="own_networks:small", activation="tanh")
+    with pytest.raises(ValueError, match="init='xavier' belongs"):
+        Recipe(network="own_networks:small", init="xavier")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study_of_ones_own_network_is_run_and_shown(tmp_path, workers):
+    fields = {"epochs": 1, "seeds": 2, "batch_size": 500, "validation": 50_000, "lr": 0.01}
+    study = normlab.Study(
+        network="own_networks:small", arms=["plain", "batch", "batch+dropout:0.5"], **fields
+    )
+    comparison = normlab.compare(study, out=tmp_path / "run", workers=workers, progress=False)
+    frame = comparison.frame()
+    assert set(frame["arm"]) == {"plain", "batch", "batch+dropout:0.5"}
+    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "own_networks:small" in text
