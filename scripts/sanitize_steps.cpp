@@ -64,6 +64,7 @@ double train(bool batch, bool adam) {
   const int64_t mean = net.values(width), var = net.values(width, 1), counter = net.make(8);
   auto matrix = [&](int64_t columns) { return net.values(n * columns); };
   const int64_t x = matrix(pixels), y = net.make(n * 8), one = net.values(1, 1), loss = net.values(1);
+  const int64_t largest = net.make(n * 8), equal = net.make(n), hits = net.make(8);
   net.write(O::kGather, {data, order, x}, {n, pixels}, {1.0 / 255, 0});
   net.write(O::kLabels, {labels, order, y}, {n});
   const int64_t z = matrix(width), normed = matrix(width), active = matrix(width);
@@ -82,6 +83,9 @@ double train(bool batch, bool adam) {
   net.write(O::kProduct, {b2, dropped, w2, logits}, {n, classes, width, 2});
   net.write(O::kLogSoftmax, {logits, log}, {n, classes});
   net.write(O::kNLL, {log, y, loss}, {n, classes});
+  net.write(O::kArgmax, {logits, largest}, {n, classes});
+  net.write(O::kEqual, {largest, y, equal}, {n});
+  net.write(O::kCountEqual, {equal, hits}, {n});
   const int64_t by_log = matrix(classes), by_logits = matrix(classes), by_dropped = matrix(width);
   const int64_t by_active = matrix(width), by_normed = matrix(width), by_z = matrix(width);
   const int64_t by_w2 = net.values(classes * width), by_b2 = net.values(classes);
@@ -122,8 +126,12 @@ double train(bool batch, bool adam) {
   std::vector<void*> table;
   for (auto& each : net.memory) table.push_back(each.data());
   const Feed feeds[] = {{masks, n * width * 4}, {order, n * 8}};
-  return normlab_take_steps_base(net.program.data(), static_cast<int64_t>(net.program.size()),
-                                 table.data(), feeds, 2, steps, loss, &update, gemm, 0);
+  double losses = 0;
+  int64_t right = 0;
+  normlab_take_steps_base(net.program.data(), static_cast<int64_t>(net.program.size()),
+                          table.data(), feeds, 2, steps, loss, hits, &update, gemm, 0, &losses,
+                          &right);
+  return right >= 0 && right <= n * steps ? losses : -1;
 }
 
 }  // namespace

@@ -181,19 +181,22 @@ def test_steps_move_parameters_as_torch_optim_does(data, fields, decay):
     optimizer = optimizers.make(recipe, stacked, [Setting(0.05, decay)])
     state = [*data, *(each[0] for each in stacked)]
     run = program.make(network, 1, "0..1", [*state, batches[0]], "native")
-    total = run.train(state, [batches[:3]], optimizer, 0)
-    total += run.train(state, [batches[3:]], optimizer, 0)
+    spans = [run.train(state, [span], optimizer, 0) for span in (batches[:3], batches[3:])]
+    total, hits = (sum(each) for each in zip(*spans, strict=True))
     more = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
     kind = torch.optim.SGD if recipe.optimizer == "sgd" else torch.optim.Adam
     reference = kind(network.parameters(), 0.05, weight_decay=decay, foreach=False, **more)
-    expected = 0.0
+    expected, right = 0.0, 0
     for batch in batches:
         x = (data[0][batch].float() * (1 / 255)).double()
-        loss = nn.functional.cross_entropy(network(x), data[1][batch])
+        logits = network(x)
+        loss = nn.functional.cross_entropy(logits, data[1][batch])
         reference.zero_grad()
         loss.backward()
         reference.step()
         expected += loss.item()
+        right += (logits.argmax(1) == data[1][batch]).sum().item()
+    assert hits == right > 0
     assert total == pytest.approx(expected, rel=1e-12)
     assert optimizer.steps.tolist() == [4.0]
     for ours, theirs in zip(stacked, network.parameters(), strict=True):

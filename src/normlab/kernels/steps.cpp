@@ -26,7 +26,7 @@ enum class Operation : int64_t {
   kReLU, kReLUBackward, kLeakyReLU, kLeakyReLUBackward, kSigmoid, kSigmoidBackward,
   kTanh, kTanhBackward, kSiLU, kSiLUBackward, kMultiply, kAdd,
   kLogSoftmax, kLogSoftmaxBackward, kNLL, kNLLBackward,
-  kCount, kNarrow, kScale, kLerp, kCopy,
+  kArgmax, kEqual, kCountEqual, kCount, kNarrow, kScale, kLerp, kCopy,
 };
 
 struct Instruction {
@@ -225,6 +225,17 @@ void log_softmax_backward(int64_t rows, int64_t columns, const T* grad, const T*
   }
 }
 
+// The place of each row's largest value: of several the first, or the first that is no number.
+template <class T>
+void argmax(int64_t rows, int64_t columns, const T* x, int64_t* out) {
+  for (int64_t row = 0; row < rows; ++row, x += columns) {
+    int64_t largest = 0;
+    for (int64_t i = 1; i < columns; ++i)
+      if (x[i] > x[largest] || (x[i] != x[i] && x[largest] == x[largest])) largest = i;
+    out[row] = largest;
+  }
+}
+
 template <class T>
 void run(const Instruction& at, void* const* table, Gemm gemm) {
   const int64_t* size = at.sizes;
@@ -331,6 +342,16 @@ void run(const Instruction& at, void* const* table, Gemm gemm) {
       for (int64_t n = 0; n < size[0]; ++n)
         value(2)[n * size[1] + index(1)[n]] = -*value(0) / T(size[0]);
       return;
+    case O::kArgmax:
+      return argmax(size[0], size[1], value(0), index(1));
+    case O::kEqual:
+      for (int64_t i = 0; i < size[0]; ++i)
+        static_cast<bool*>(bytes(2))[i] = index(0)[i] == index(1)[i];
+      return;
+    case O::kCountEqual:
+      *index(1) = std::count(static_cast<bool*>(bytes(0)), static_cast<bool*>(bytes(0)) + size[0],
+                             true);
+      return;
     case O::kCount:
       *index(0) += 1;
       return;
@@ -397,17 +418,17 @@ void move(const Update& by, void* const* table) {
 }
 
 template <class T>
-double take(const Instruction* program, int64_t count, void** table, const Feed* feeds,
-            int64_t fed, int64_t steps, int64_t loss, const Update* update, Gemm gemm) {
-  double total = 0;
+void take(const Instruction* program, int64_t count, void** table, const Feed* feeds, int64_t fed,
+          int64_t steps, int64_t loss, int64_t hits, const Update* update, Gemm gemm,
+          double* losses, int64_t* all_hits) {
   for (int64_t step = 0; step < steps; ++step) {
     for (int64_t i = 0; i < count; ++i) run<T>(program[i], table, gemm);
-    total += *static_cast<const T*>(table[loss]);
+    *losses += *static_cast<const T*>(table[loss]);
+    *all_hits += *static_cast<const int64_t*>(table[hits]);
     if (update) move<T>(*update, table);
     for (int64_t i = 0; i < fed; ++i)
       table[feeds[i].place] = static_cast<char*>(table[feeds[i].place]) + feeds[i].bytes;
   }
-  return total;
 }
 
 }  // namespace
@@ -422,13 +443,15 @@ void NORMLAB_NAME(normlab_gather)(int64_t count, int64_t pixels, const std::uint
          out);
 }
 
-// Takes steps and returns the sum of their losses. `loss` is the place of one step's. Without an
-// update the parameters stay. `gemm` is BLAS's, for float or for double, as `wide` says.
-double NORMLAB_NAME(normlab_take_steps)(const Instruction* program, int64_t count, void** table,
-                                        const Feed* feeds, int64_t fed, int64_t steps, int64_t loss,
-                                        const Update* update, Gemm gemm, int wide) {
-  return (wide ? take<double> : take<float>)(program, count, table, feeds, fed, steps, loss, update,
-                                             gemm);
+// Takes steps; adds up their losses and how many samples they got right. `loss` and `hits` are the
+// places of one step's. Without an update the parameters stay. `gemm` is BLAS's, for float or for
+// double, as `wide` says.
+void NORMLAB_NAME(normlab_take_steps)(const Instruction* program, int64_t count, void** table,
+                                      const Feed* feeds, int64_t fed, int64_t steps, int64_t loss,
+                                      int64_t hits, const Update* update, Gemm gemm, int wide,
+                                      double* losses, int64_t* all_hits) {
+  (wide ? take<double> : take<float>)(program, count, table, feeds, fed, steps, loss, hits, update,
+                                      gemm, losses, all_hits);
 }
 
 }  // extern "C"

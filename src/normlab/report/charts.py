@@ -58,6 +58,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
     curves = comparison.curves(metric)
     band = curves.attrs["band"]
     kept = {(arm, *setting) for arm, setting in comparison.reported.items()}
+    curves = curves.loc[curves["split"].isin(_SPLITS)]
     keys = zip(curves["arm"], curves["lr"], curves["weight_decay"], strict=True)
     curves = curves.loc[[key in kept for key in keys]]
     shown = [name for key, name in _SPLITS.items() if key in set(curves["split"])]

@@ -95,7 +95,10 @@ class Fleet:
         for network, replica in zip(networks, replicas, strict=True):
             draw_dropout_from(stream(replica.seed, "dropout"), network)
             self._dropouts.append(program.dropouts_of(network))
-        self.losses = torch.zeros(len(replicas))
+        # Sums over the samples trained on, and what they were when the epoch began.
+        self.losses = torch.zeros(len(replicas), dtype=torch.float64)
+        self.hits = torch.zeros(len(replicas), dtype=torch.float64)
+        self._begun = self.losses.clone(), self.hits.clone()
         self._build()
 
     @property
@@ -132,7 +135,9 @@ class Fleet:
         while self.step < last and self.alive:
             started = time.perf_counter()
             epoch_ends = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
-            stop = min(epoch_ends, (self.step // every + 1) * every) if every else epoch_ends
+            begun = epoch_ends - self.steps_per_epoch
+            next_look = begun + ((self.step - begun) // every + 1) * every if every else epoch_ends
+            stop = min(epoch_ends, next_look)
             self.advance(stop)
             events = self._look()
             self.events += events
@@ -184,7 +189,8 @@ class Fleet:
         for step in range(steps):
             batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
             mine[-1], its[-1] = batch.expand_as(mine[-1]), batch.expand_as(its[-1])
-            found, expected = run([images, labels, *mine]), other([images, labels, *its])
+            *found, _ = run([images, labels, *mine])  # Hits can hang on roundings.
+            *expected, _ = other([images, labels, *its])
             if not program.are_close([*found, *mine], [*expected, *its], tolerance):
                 return False
         return True
@@ -201,7 +207,7 @@ class Fleet:
         once = program.make(
             copy.deepcopy(self.network), self._width, self.recipe.scaling, example, "eager"
         )
-        _, *gradients = once([each.clone() for each in example])
+        _, *gradients, _ = once([each.clone() for each in example])
         self._parameters = [
             p
             if g.ndim == 4 and not self._is_stacked
@@ -271,6 +277,7 @@ class Fleet:
         while self.step < stop:
             into_epoch = self.step % self.steps_per_epoch
             if not into_epoch:
+                self._begun = self.losses.clone(), self.hits.clone()
                 train = self.splits.indices["train"]
                 for r in self.alive:
                     self._shuffled[r] = train[torch.randperm(len(train), generator=self._orders[r])]
@@ -291,13 +298,15 @@ class Fleet:
                 self._take(r, run, batches)
 
     def _take(self, r: int, run: program.Pass, batches: Iterable[_Batch]) -> None:
-        losses = []
+        losses, hits = [], []
         for _, start, end in batches:
             batch, masks = self._shuffled[r, start:end], self._masks(r, end - start)
-            loss, *gradients = run([*self._inputs[r], *masks, batch])
+            loss, *gradients, right = run([*self._inputs[r], *masks, batch])
             self._optimizer.step(r, gradients)
             losses.append(loss)
-        self.losses[r] += torch.stack(losses).sum()
+            hits.append(right)
+        self.losses[r] += torch.stack(losses).double().sum() * (end - start)
+        self.hits[r] += torch.stack(hits).sum()
 
     def _take_natively(self, r: int, run: Steps, batches: Iterable[_Batch]) -> None:
         masked = sum(like.nbytes for like in self._masked)
@@ -308,16 +317,19 @@ class Fleet:
             masks = [self._masks(r, end - start) for _ in span]
             fed = [torch.stack(each) for each in zip(*masks, strict=True)]
             fed.append(self._shuffled[r, start:last].view(len(span), -1))
-            self.losses[r] += run.train(self._inputs[r], fed, self._optimizer, r)
+            losses, hits = run.train(self._inputs[r], fed, self._optimizer, r)
+            self.losses[r] += losses * (end - start)
+            self.hits[r] += hits
 
     def _advance_all(self, stop: int) -> None:
         for run, start, end in self._batches(stop):
             batch = self._shuffled[:, start:end].contiguous()
             masks = [self._masks(r, end - start) for r in range(len(self.replicas))]
             stacked = [torch.stack(each) for each in zip(*masks, strict=True)]
-            losses, *gradients = run([*self._inputs[0], *stacked, batch])
+            losses, *gradients, hits = run([*self._inputs[0], *stacked, batch])
             self._optimizer.step_all(gradients)
-            self.losses += losses
+            self.losses += losses * (end - start)
+            self.hits += hits
 
     def _masks(self, r: int, size: int) -> list[Tensor]:
         """Draw a replica's dropout masks for a batch."""
@@ -335,10 +347,21 @@ class Fleet:
     # ------------------------------------------------------------------- evaluation
 
     def _look(self) -> list[Measurement | Outcome]:
-        """Evaluate on every split; a replica without finite numbers has diverged."""
+        """Evaluate on every split; a replica without finite numbers has diverged.
+
+        Of the epoch's batches so far it is told, too, what they were like when they were trained
+        on, which is what tutorials print.
+        """
         finite = self.losses.isfinite().tolist()
         looked_at = [r for r in self.alive if finite[r]]
-        values: dict[int, dict[tuple[str, str], float]] = {r: {} for r in looked_at}
+        samples = self._samples_of_epoch()
+        values: dict[int, dict[tuple[str, str], float]] = {
+            r: {
+                ("batches", "loss"): float(self.losses[r] - self._begun[0][r]) / samples,
+                ("batches", "accuracy"): float(self.hits[r] - self._begun[1][r]) / samples,
+            }
+            for r in looked_at
+        }
         for split, indices in self.splits.indices.items():
             found = self.evaluate(looked_at, indices)
             for r, (loss, accuracy) in zip(looked_at, found, strict=True):
@@ -353,6 +376,11 @@ class Fleet:
                 share = self.seconds / len(self.replicas)
                 events.append(Outcome(replica, "diverged", self.step, share))
         return events
+
+    def _samples_of_epoch(self) -> int:
+        """Return how many samples of the epoch, running or just ended, were trained on."""
+        steps = (self.step - 1) % self.steps_per_epoch + 1
+        return min(steps * self.recipe.batch_size, self.splits.size("train"))
 
     def evaluate(self, replicas: Sequence[int], indices: Tensor) -> list[tuple[float, float]]:
         """Return the mean cross-entropy and the accuracy of replicas, in eval mode.
@@ -394,7 +422,7 @@ class Fleet:
             for dropout in self._dropouts[r][:1]:
                 if dropout.generator is not None:
                     kept[f"dropout.{r}"] = dropout.generator.get_state()
-        return {**kept, "losses": self.losses}
+        return {**kept, "losses": self.losses, "hits": self.hits}
 
 
 def train(

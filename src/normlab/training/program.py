@@ -34,8 +34,9 @@ aten = torch.ops.aten
 
 Pass = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes a list of images, labels, parameters, buffers, dropout masks and indices; moves the
-buffers; returns losses and gradients. Images that are not bytes are a batch as it is, whose labels
-must be ones that the network knows; their indices are not looked at."""
+buffers; returns losses, gradients, and how many samples the logits got right. Images that are not
+bytes are a batch as it is, whose labels must be ones that the network knows; their indices are not
+looked at."""
 
 
 class _Pass(nn.Module):
@@ -64,12 +65,12 @@ class _Pass(nn.Module):
             x, y = images, labels  # A batch as it is.
         with torch.enable_grad():
             one = self._loss if self.width == 1 else vmap(self._loss)
-            losses = one(parameters, buffers, masks, x, y)
+            losses, hits = one(parameters, buffers, masks, x, y)
             # A parameter that the pass does not use has a gradient of zeros.
             gradients = torch.autograd.grad(
                 losses.sum(), parameters, allow_unused=True, materialize_grads=True
             )
-        return [losses.detach(), *map(_laid_out, gradients, parameters)]
+        return [losses.detach(), *map(_laid_out, gradients, parameters), hits]
 
     def _loss(
         self,
@@ -78,7 +79,7 @@ class _Pass(nn.Module):
         masks: list[Tensor],
         x: Tensor,
         y: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         (network,) = self.network
         state = dict(zip(self.parameter_names, parameters, strict=True))
         state |= dict(zip(self.buffer_names, buffers, strict=True))
@@ -90,7 +91,7 @@ class _Pass(nn.Module):
         finally:
             for dropout in dropouts:
                 dropout.mask = None
-        return F.cross_entropy(logits, y)
+        return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

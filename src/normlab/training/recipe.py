@@ -63,7 +63,8 @@ class Measurement(NamedTuple):
         step: Optimizer steps taken.
         epoch: Epochs finished.
         values: (split, metric) to value; metrics are `loss` (mean cross-entropy, nats) and
-            `accuracy` (a share).
+            `accuracy` (a share). The splits are the data's, in eval mode, and `batches`: those of
+            the epoch so far, as they were in training, each before its step.
     """
 
     replica: Replica
@@ -123,7 +124,7 @@ class Recipe(BaseModel):
     )
     epochs: int = Field(10, ge=1, description="Times that the training set is seen.")
     evaluate_every: int = Field(
-        0, ge=0, description="Evaluate every so many steps too; 0 for the ends of epochs alone."
+        0, ge=0, description="Evaluate every so many steps of an epoch too; 0 for its end alone."
     )
 
     @field_validator("dataset", "scaling", "activation", "init", "optimizer", "precision")

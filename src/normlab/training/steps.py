@@ -24,7 +24,7 @@ OPERATIONS = (
     *("relu", "relu backward", "leaky relu", "leaky relu backward"),
     *("sigmoid", "sigmoid backward", "tanh", "tanh backward", "silu", "silu backward"),
     *("multiply", "add", "log softmax", "log softmax backward", "nll", "nll backward"),
-    *("count", "narrow", "scale", "lerp", "copy"),
+    *("argmax", "equal", "count equal", "count", "narrow", "scale", "lerp", "copy"),
 )
 """In the order of `Operation` in kernels/steps.cpp."""
 
@@ -62,12 +62,12 @@ class _Update(ctypes.Structure):
 
 
 class Steps:
-    """A lowered pass. Called as other passes are, it returns loss and gradients.
+    """A lowered pass. Called as other passes are, it returns loss, gradients and hits.
 
     Args:
         instructions: What a step does.
         work: What lies between the instructions; their places follow those of the arguments.
-        outputs: Loss and gradients: their places and tensors.
+        outputs: Loss, gradients and hits: their places and tensors.
         dtype: Of the network.
     """
 
@@ -80,7 +80,7 @@ class Steps:
     ) -> None:
         self._program = (Instruction * len(instructions))(*instructions)
         self._work, self._results = work, [tensor for _, tensor in outputs]
-        (self._loss, _), *gradients = outputs
+        (self._loss, _), *gradients, (self._hits, _) = outputs
         self._gradients = (ctypes.c_int64 * len(gradients))(*(place for place, _ in gradients))
         self._wide, self._gemm = dtype == torch.float64, _gemm(dtype)
         self._lock = threading.Lock()  # What lies between instructions is there once.
@@ -93,8 +93,8 @@ class Steps:
 
     def train(
         self, state: Sequence[Tensor], fed: Sequence[Tensor], optimizer: Optimizer, replica: int
-    ) -> float:
-        """Take steps with a replica, and return the sum of their losses.
+    ) -> tuple[float, int]:
+        """Take steps with a replica; return the sums of their losses and of their hits.
 
         Args:
             state: The arguments that stay: images, labels, parameters and buffers.
@@ -128,10 +128,11 @@ class Steps:
         fed: Sequence[Tensor],
         steps: int,
         update: _Update | None,
-    ) -> float:
+    ) -> tuple[float, int]:
         first = len(arguments) - len(fed)
         feeds = [_Feed(first + i, each[0].nbytes) for i, each in enumerate(fed)]
-        total: float = _take_steps()(
+        loss, hits = ctypes.c_double(), ctypes.c_int64()
+        _take_steps()(
             self._program,
             len(self._program),
             _pointers([*arguments, *self._work]),
@@ -139,11 +140,14 @@ class Steps:
             len(feeds),
             steps,
             self._loss,
+            self._hits,
             None if update is None else ctypes.byref(update),
             self._gemm,
             self._wide,
+            ctypes.byref(loss),
+            ctypes.byref(hits),
         )
-        return total
+        return loss.value, hits.value
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -153,8 +157,8 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 @lru_cache(maxsize=1)
 def _take_steps() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = [pointer, size, pointer, pointer, size, size, size, pointer, pointer, ctypes.c_int]
-    return kernel("normlab_take_steps", arguments, ctypes.c_double)
+    arguments = [pointer, size, pointer, pointer, *[size] * 4, pointer, pointer, ctypes.c_int]
+    return kernel("normlab_take_steps", [*arguments, pointer, pointer])
 
 
 @lru_cache(maxsize=2)

@@ -58,7 +58,8 @@ def lower(graph: fx.Graph, tensors: Sequence[Tensor]) -> Steps:
             writer.values[node] = _argument(writer, next(places))
         elif node.op == "call_function":
             writer.values[node] = _call(writer, node)
-    outputs = [writer.value(each) for each in next(reversed(graph.nodes)).args[0]]
+    *numbers, hits = next(reversed(graph.nodes)).args[0]
+    outputs = [*map(writer.value, numbers), writer.value(hits, dtype=torch.int64)]
     if any(each.place < len(tensors) for each in outputs):
         raise NotLoweredError("an argument is handed back")
     made = [

@@ -66,7 +66,10 @@ def _sum(writer: Writer, node: fx.Node, source: Any, dims: Any, *_: Any) -> Valu
 
 
 def _sum_of_all(writer: Writer, node: fx.Node, source: Any) -> Value:
-    del node
+    if node.meta["val"].dtype == torch.int64:
+        equal, count = writer.value(source, dtype=torch.bool), writer.make(dtype=torch.int64)
+        writer.write("count equal", [equal, count], [equal.numel])
+        return count
     value, out = writer.value(source), writer.make()
     writer.write("column sums", [value, out], [value.numel, 1])
     return out

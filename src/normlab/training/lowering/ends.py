@@ -96,8 +96,28 @@ def _nll_backward(writer: Writer, node: fx.Node, grad: Any, x: Any, y: Any, *_: 
     return out
 
 
+def _argmax(writer: Writer, node: fx.Node, x: Any, dim: Any = None) -> Value:
+    value = writer.value(x)
+    if len(value.shape) != 2 or dim not in (1, -1):
+        raise NotLoweredError(f"there is no kernel for {node} along {dim}")
+    out = writer.make(value.shape[0], dtype=torch.int64)
+    writer.write("argmax", [value, out], value.shape)
+    return out
+
+
+def _equal(writer: Writer, node: fx.Node, a: Any, b: Any) -> Value:
+    del node
+    first = writer.value(a, dtype=torch.int64)
+    out = writer.make(*first.shape, dtype=torch.bool)
+    second = writer.value(b, first.shape, torch.int64)
+    writer.write("equal", [first, second, out], [first.numel])
+    return out
+
+
 ENDS: dict[Any, Handler] = {
     aten.index.Tensor: _gather,
+    aten.argmax.default: _argmax,
+    aten.eq.Tensor: _equal,
     aten._log_softmax.default: _log_softmax,
     aten._log_softmax_backward_data.default: _log_softmax_backward,
     aten.nll_loss_forward.default: _nll,
