@@ -8,15 +8,13 @@ t10k-labels-idx1-ubyte, as MNIST's authors published them (with or without `.gz`
 
 from __future__ import annotations
 
-import gzip
 import io
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from normlab.data.layouts import read_idx
 from normlab.files import replace
 
 TARGET = Path(__file__).parents[1] / "src" / "normlab" / "data" / "mnist.npz"
@@ -28,25 +26,16 @@ SOURCES = {
 }
 
 
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes: a magic number, the sizes, the values."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    zero, kind, rank = struct.unpack_from(">HBB", raw)
-    shape = struct.unpack_from(f">{rank}I", raw, 4)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if zero != 0 or kind != 0x08 or values.size != np.prod(shape):
-        raise SystemExit(f"{path}: not an IDX file of unsigned bytes, or cut short")
-    return values.reshape(shape)
-
-
 def main(folder: Path) -> None:
     """Write the bundled file; the same input gives the same bytes."""
     arrays = {}
     for key, name in SOURCES.items():
-        found = [path for path in (folder / name, folder / f"{name}.gz") if path.exists()]
-        if not found:
-            raise SystemExit(f"{folder}: neither {name} nor {name}.gz is there")
-        arrays[key] = read_idx(found[0])
+        try:
+            arrays[key] = read_idx(folder / name)
+        except FileNotFoundError:
+            raise SystemExit(f"{folder}: neither {name} nor {name}.gz is there") from None
+        except ValueError as error:
+            raise SystemExit(f"{folder}: {error}") from None
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     replace(TARGET, buffer.getvalue())

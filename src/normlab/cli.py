@@ -19,7 +19,8 @@ from rich.console import Console
 
 import normlab
 from normlab import report as reports
-from normlab.errors import InputError, NormlabError
+from normlab.cli_data import Data
+from normlab.errors import FetchError, InputError, NormlabError
 from normlab.study import Study, bundled_studies
 from normlab.training import Recipe
 
@@ -216,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()  # A closed pipe is heard here, not when Python exits.
     except InputError as error:
         _fail(2, str(error))
+    except FetchError as error:
+        _fail(1, *str(error).splitlines())
     except NormlabError as error:
         _fail(1, str(error))
     except BrokenPipeError:
@@ -232,12 +235,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Studies | Bench,  # type: ignore[arg-type]
+                Compare | Report | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
                 args=arguments,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as end:
         if not end.code:
@@ -246,7 +249,9 @@ def _parse(arguments: Sequence[str]) -> Any:
         lines = (line.strip("│╭╮╰╯|+ ") for line in complaint.getvalue().splitlines())
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
-        command = f"{arguments[0]} " * (arguments[0] in ("compare", "report", "studies", "bench"))
+        command = f"{arguments[0]} " * (
+            arguments[0] in ("compare", "report", "studies", "data", "bench")
+        )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 
 
@@ -254,6 +259,6 @@ def _is_rule(line: str) -> bool:
     return not line.strip("─- ")
 
 
-def _fail(code: int, message: str) -> None:
-    print("normlab: " + " ".join(message.split()), file=sys.stderr)
+def _fail(code: int, *lines: str) -> None:
+    print("normlab: " + "\n  ".join(" ".join(line.split()) for line in lines), file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from normlab import report as reports
 from normlab import study as studies
+from normlab.data import load
 
 if TYPE_CHECKING:
     import altair as alt
@@ -93,6 +94,8 @@ def compare(
     chosen = study if isinstance(study, studies.Study) else studies.find_study(str(study))
     declared = chosen.with_fields(fields, chosen.name)
     folder = Path(out) if out is not None else default_folder(declared)
+    # Before the display of the run begins: a fetch shows a bar of its own.
+    load(declared.dataset, progress=progress)
     if progress:
         with reports.Live(declared) as live:
             studies.run(declared, folder, workers=workers, engine=engine, watcher=live)

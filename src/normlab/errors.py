@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "LedgerError", "NormlabError", "did_you_mean"]
+__all__ = ["FetchError", "InputError", "LedgerError", "NormlabError", "did_you_mean"]
 
 
 class NormlabError(Exception):
@@ -14,6 +14,10 @@ class NormlabError(Exception):
 
 class InputError(NormlabError, ValueError):
     """The user's input cannot be used: a study, an arm, a number, a folder."""
+
+
+class FetchError(NormlabError):
+    """A data set cannot be had from any source; the message has a line for each, and says why."""
 
 
 class LedgerError(NormlabError):

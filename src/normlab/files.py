@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and the folder for those that can be made again."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["replace"]
+__all__ = ["cache_folder", "replace"]
 
 
-def replace(path: Path, content: str | bytes) -> None:
+def replace(path: Path, content: str | bytes | memoryview) -> None:
     """Put `content` in place of whatever is at `path`, in one step.
 
     The content is written beside the target and renamed over it, so a reader sees the old file or
@@ -32,3 +32,16 @@ def replace(path: Path, content: str | bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return where normlab keeps what can be made or fetched again.
+
+    The folder that `NORMLAB_CACHE` names, or the platform's own (`~/.cache/normlab` on Linux).
+    """
+    chosen = os.environ.get("NORMLAB_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("normlab", appauthor=False)

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import runpy
 import struct
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from normlab.data import datasets, load
+from normlab.data import load
+from normlab.data.cache import read_published
+from normlab.data.published import PUBLISHED
 from normlab.errors import InputError, NormlabError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_mnist.py"
@@ -29,27 +32,28 @@ def test_mnist_is_complete_and_real():
     ]  # fmt: skip
 
 
-def test_a_changed_array_is_refused(tmp_path, monkeypatch):
-    with np.load(Path(datasets.__file__).parent / "mnist.npz") as archive:
+def bundled_as(path):
+    return dataclasses.replace(PUBLISHED["mnist"], bundled=path)
+
+
+def test_a_changed_array_is_refused(tmp_path):
+    with np.load(PUBLISHED["mnist"].bundled) as archive:
         arrays = dict(archive)
     arrays["test_labels"] = arrays["test_labels"].copy()
     arrays["test_labels"][0] ^= 1
     np.savez(tmp_path / "mnist.npz", **arrays)
-    monkeypatch.setattr(datasets, "_FOLDER", tmp_path)
-    load.cache_clear()
-    with pytest.raises(NormlabError, match="test_labels is not the published array"):
-        load("mnist")
+    with pytest.raises(NormlabError, match="test_labels are not the published ones .*: install"):
+        read_published(bundled_as(tmp_path / "mnist.npz"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK not a zip", "cut"])
-def test_a_missing_or_damaged_file_is_refused(content, tmp_path, monkeypatch):
-    whole = (Path(datasets.__file__).parent / "mnist.npz").read_bytes()
+def test_a_missing_or_damaged_file_is_refused(content, tmp_path):
+    whole = PUBLISHED["mnist"].bundled.read_bytes()
+    path = tmp_path / "mnist.npz"
     if content is not None:
-        (tmp_path / "mnist.npz").write_bytes(whole[:1_000_000] if content == "cut" else content)
-    monkeypatch.setattr(datasets, "_FOLDER", tmp_path)
-    load.cache_clear()
-    with pytest.raises(NormlabError, match=r"mnist.npz cannot be read .*: install again"):
-        load("mnist")
+        path.write_bytes(whole[:1_000_000] if content == "cut" else content)
+    with pytest.raises(NormlabError, match=r"mnist.npz: .*: install normlab again"):
+        read_published(bundled_as(path))
 
 
 def test_an_unknown_dataset_is_refused_with_what_is_known():

@@ -58,7 +58,9 @@ def split(dataset: Dataset, validation: int) -> Splits:
             f"validation={validation}: {dataset.name} has {dataset.train_size} training images, "
             f"so 0 to {dataset.train_size - 1} can be held out"
         )
-    order = torch.randperm(dataset.train_size, generator=stream(0, "validation", dataset.name))
+    # The user's files may be moved, and their validation images stay the same ones.
+    identity = dataset.digest or dataset.name
+    order = torch.randperm(dataset.train_size, generator=stream(0, "validation", identity))
     held_out, rest = order[:validation].sort().values, order[validation:].sort().values
     indices = {"train": rest, "validation": held_out} if validation else {"train": rest}
     indices["test"] = torch.arange(dataset.train_size, len(dataset.images))

@@ -26,6 +26,7 @@ _VERSION = 2  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
+CREATE TABLE data (digest TEXT NOT NULL);
 CREATE TABLE session (
     id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
     versions TEXT NOT NULL, machine TEXT NOT NULL
@@ -59,15 +60,18 @@ class Ledger:
 
     @classmethod
     @contextmanager
-    def write(cls, folder: Path, study: Study) -> Iterator[Ledger]:
+    def write(cls, folder: Path, study: Study, data: str | None = None) -> Iterator[Ledger]:
         """Open a folder's ledger to add to it, making both if they are not there.
 
         Args:
             folder: The run's.
             study: What it must hold.
+            data: The digest of the user's own data, which must be what it was. A published set
+                has none: its name stands for its hashes.
 
         Raises:
-            InputError: The folder cannot be written, holds another study, or is in use.
+            InputError: The folder cannot be written, holds another study or one of other data, or
+                is in use.
             LedgerError: The file there is damaged or is no ledger.
         """
         try:
@@ -87,7 +91,7 @@ class Ledger:
             raise InputError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             with cls._open(folder / FILENAME, "rwc") as ledger:
-                ledger._prepare(study)
+                ledger._prepare(study, data)
                 yield ledger
         finally:
             lock.release()
@@ -144,7 +148,7 @@ class Ledger:
             found = " ".join(verdict.split())
             raise LedgerError(f"{self.path} is damaged ({found}): move it away to start anew")
 
-    def _prepare(self, study: Study) -> None:
+    def _prepare(self, study: Study, data: str | None) -> None:
         is_new = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not is_new:
             self._check()
@@ -157,6 +161,8 @@ class Ledger:
                 for statement in _SCHEMA.split(";"):
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
+                if data is not None:
+                    self._connection.execute("INSERT INTO data VALUES (?)", (data,))
                 self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         held = self.study
@@ -165,6 +171,13 @@ class Ledger:
                 f"{self.path.parent} holds another study ({_difference(held, study)}): "
                 "name another folder with --out"
             )
+        if data is not None:
+            (before,) = self._connection.execute("SELECT digest FROM data").fetchone()
+            if before != data:
+                raise InputError(
+                    f"{self.path.parent} was begun with other data: the SHA-256 of {study.dataset} "
+                    f"was {before[:12]}…, and is {data[:12]}…: name another folder with --out"
+                )
         with self._transaction():
             self._connection.execute(
                 f"DELETE FROM measurement WHERE ({_REPLICA}) NOT IN "

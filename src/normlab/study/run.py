@@ -53,8 +53,9 @@ def run(
     if workers < 1:
         raise InputError(f"workers={workers}: at least 1 is needed")
     check_engine(engine)
-    study.check_against(split(load(study.dataset), study.validation))
-    with Ledger.write(folder, study) as ledger:
+    dataset = load(study.dataset)
+    study.check_against(split(dataset, study.validation))
+    with Ledger.write(folder, study, dataset.digest) as ledger:
         finished = frozenset(ledger.finished())
         missing = len(study.replicas) - len(finished)
         if watcher:

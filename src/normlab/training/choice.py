@@ -15,10 +15,9 @@ import torch
 
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
-from normlab.files import replace
+from normlab.files import cache_folder, replace
 from normlab.kernels import BUILT
 from normlab.training.fleet import Engine, Fleet
-from normlab.training.program import cache_folder
 from normlab.training.recipe import Recipe, Replica
 from normlab.training.steps import OPERATIONS
 

@@ -235,8 +235,8 @@ class _Together:
     def _open(self) -> tuple[Workers, Any]:
         if self.pool is None:
             self.events = multiprocessing.get_context("spawn").Queue()
-            data = self.dataset
-            rest = (data.name, data.labels.numpy(), data.train_size, data.classes)
+            rest = {**vars(self.dataset), "labels": self.dataset.labels.numpy()}
+            del rest["images"]  # Of which workers see the one copy that is shared.
             start = (self.recipe, rest, self.images, self.events)
             self.pool = Workers(self.workers, _start_worker, start)
         return self.pool, self.events
@@ -271,10 +271,10 @@ _worker: dict[str, Any] = {}
 """What a worker process is given when it starts."""
 
 
-def _start_worker(recipe: Recipe, rest: Any, images: SharedTensor, events: Any) -> None:
+def _start_worker(recipe: Recipe, rest: dict[str, Any], images: SharedTensor, events: Any) -> None:
     torch.set_num_threads(1)
-    name, labels, train_size, classes = rest
-    dataset = Dataset(name, images.tensor, torch.from_numpy(labels), train_size, classes)
+    labels = torch.from_numpy(rest.pop("labels"))
+    dataset = Dataset(images=images.tensor, labels=labels, **rest)
     _worker.update(bench=_Bench(recipe, split(dataset, recipe.validation)), events=events)
 
 

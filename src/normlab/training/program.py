@@ -13,7 +13,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from normlab.data import scale
 from normlab.errors import InputError
+from normlab.files import cache_folder
 from normlab.layers import Dropout
 from normlab.training.lowering import lower
 
-__all__ = ["Pass", "are_close", "cache_folder", "dropouts_of", "dropped", "make"]
+__all__ = ["Pass", "are_close", "dropouts_of", "dropped", "make"]
 
 aten = torch.ops.aten
 
@@ -233,11 +233,6 @@ def _compiled(traced: Any, tensors: Sequence[Tensor]) -> Pass:
         loaded: Any = torch._inductor.aoti_load_package(str(path))
     run: Pass = loaded.loader.run
     return run
-
-
-def cache_folder() -> Path:
-    """Return where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normlab"
 
 
 def _digest(traced: Any, tensors: Sequence[Tensor]) -> str:

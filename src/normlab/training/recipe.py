@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from normlab.data import SCALINGS, dataset_names
+from normlab.data import SCALINGS, check_dataset
 from normlab.errors import InputError, did_you_mean
 from normlab.imports import is_function
 from normlab.networks import ACTIVATIONS, INITS, check_network
@@ -94,7 +94,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dataset: str = Field("mnist", description="Data set; mnist comes with the package.")
+    dataset: str = Field(
+        "mnist",
+        description="mnist, fashion-mnist or cifar10; or your own data: FILE.npz, a folder of "
+        "images by class, or module:function.",
+    )
     validation: int = Field(
         5000,
         ge=0,
@@ -127,11 +131,16 @@ class Recipe(BaseModel):
         0, ge=0, description="Evaluate every so many steps of an epoch too; 0 for its end alone."
     )
 
-    @field_validator("dataset", "scaling", "activation", "init", "optimizer", "precision")
+    @field_validator("dataset")
+    @classmethod
+    def _is_a_dataset(cls, value: str) -> str:
+        check_dataset(value)
+        return value
+
+    @field_validator("scaling", "activation", "init", "optimizer", "precision")
     @classmethod
     def _is_known(cls, value: str, info: ValidationInfo) -> str:
         known = {
-            "dataset": dataset_names(),
             "scaling": list(SCALINGS),
             "activation": list(ACTIVATIONS),
             "init": list(INITS),
