@@ -42,7 +42,7 @@ def test_a_changed_array_is_refused(tmp_path):
     arrays["test_labels"] = arrays["test_labels"].copy()
     arrays["test_labels"][0] ^= 1
     np.savez(tmp_path / "mnist.npz", **arrays)
-    with pytest.raises(NormlabError, match="test_labels are not the published ones .*: install"):
+    with pytest.raises(NormlabError, match=r"test_labels are not the published ones .*: install"):
         read_published(bundled_as(tmp_path / "mnist.npz"))
 
 

@@ -13,6 +13,7 @@ __all__ = ["download"]
 
 _CONNECT_SECONDS = 5.0
 _SILENT_SECONDS = 30.0
+_CHUNK = 2**13  # Bytes; of a chunk that breaks off nothing is kept.
 _WHOLE, _PART, _NOTHING_MORE = 200, 206, 416  # The server's answers to a request for a range.
 
 
@@ -82,7 +83,7 @@ def _append(url: str, part: Path, progress: Progress) -> None:
 
         pooch.HTTPDownloader(
             progressbar=bar or False,
-            chunk_size=2**16,
+            chunk_size=_CHUNK,
             timeout=(_CONNECT_SECONDS, _SILENT_SECONDS),
             # The bytes as they lie on the server: a range of them would else mean something else.
             headers={
