@@ -7,11 +7,15 @@ import pytest
 
 # What `import torch` brings by itself is told apart in the subprocess.
 HEAVY = [
+    "PIL",
     "altair",
     "concurrent.futures.process",
     "filelock",
     "pandas",
+    "platformdirs",
+    "pooch",
     "pydantic",
+    "requests",
     "rich",
     "scipy",
     "sqlite3",

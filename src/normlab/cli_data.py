@@ -98,7 +98,7 @@ class Verify:
     json: _Json = False
 
     def run(self) -> None:
-        """Print a line for each; fail at the end if one is not as it was published."""
+        """Print a line for each; fail at the end if one is not here or not as published."""
         faults: dict[str, str | None] = {}
         for name in self.names or [name for name in data.dataset_names() if data.where(name)]:
             try:
@@ -113,10 +113,10 @@ class Verify:
             print(json.dumps(faults, indent=2))
         else:
             for name, fault in faults.items():
-                print(f"{name}: {fault or 'all arrays are as they were published'}")
+                print(fault or f"{name}: all arrays are as they were published")
         found = [name for name, fault in faults.items() if fault]
         if found:
-            raise NormlabError(f"not as published: {', '.join(found)}")
+            raise NormlabError(f"not here, or not as published: {', '.join(found)}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,18 @@ def test_a_finished_run_is_only_read(tiny, finished):
     run(tiny, finished, watcher=watcher)
     assert (watcher.begun, watcher.events) == ((4, 4), [])
     assert (finished / "ledger.sqlite").read_bytes() == before
+
+
+def test_workers_train_on_the_users_own_data_as_this_process_does(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(5).integers(0, 256, (600, 5, 5), np.uint8)
+    np.savez("mine.npz", images=images, labels=np.arange(600) % 3)
+    fields = {"dataset": "mine.npz", "validation": 100, "network": "mlp:4", "arms": "plain"}
+    study = tiny.with_fields(fields)
+    run(study, tmp_path / "alone", engine="looped")
+    monkeypatch.setattr("normlab.data.datasets.read_own", None)  # Workers are given what is here.
+    run(study, tmp_path / "together", workers=2, engine="looped")
+    assert measured(tmp_path / "together") == measured(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("events", [1, 2, 3, 5, 7, 8, 11, 13])

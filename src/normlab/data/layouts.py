@@ -126,14 +126,19 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     packed = plain.with_name(f"{plain.name}.gz")
     raw = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
-    zero, kind, rank = struct.unpack_from(">HBB", raw)
-    shape = struct.unpack_from(f">{rank}I", raw, 4)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if zero != 0 or kind != 0x08 or values.size != np.prod(shape):
-        raise ValueError(f"{plain.name} is not an IDX file of unsigned bytes, or cut short")
-    return values.reshape(shape)
+    try:
+        zero, kind, rank = struct.unpack_from(">HBB", raw)
+        shape = struct.unpack_from(f">{rank}I", raw, 4)
+        if (zero, kind) != (0, _UNSIGNED_BYTES):
+            raise ValueError(kind)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (struct.error, ValueError):
+        raise ValueError(
+            f"{plain.name} is not an IDX file of unsigned bytes, or cut short"
+        ) from None
 
 
+_UNSIGNED_BYTES = 0x08  # Among the kinds of numbers that IDX files hold.
 _IDX_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
