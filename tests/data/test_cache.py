@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import rich.progress
 
 from normlab.data import download
 from normlab.data.cache import fetch_published, place, read_published
@@ -75,6 +76,23 @@ def test_what_is_missing_after_a_break_is_asked_for(server, small):
     assert starts[:2] == [None, f"bytes={half // 8192 * 8192}-"]
 
 
+@pytest.mark.parametrize("how", ["ordinary", "truncated"])
+def test_on_a_terminal_there_is_a_bar(how, server, small, cache, monkeypatch):
+    shown = []
+    update = rich.progress.Progress.update
+
+    def record(*arguments, **facts):
+        shown.append(facts)
+        update(*arguments, **facts)
+
+    monkeypatch.setattr(rich.progress.Progress, "update", record)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fetch_published(small(f"{server.url}/{how}/"), None, Progress(True))
+    assert_kept(small(), cache)
+    totals = {facts["total"] for facts in shown if "total" in facts}
+    assert totals == {len(content) for content in server.files.values()}
+
+
 def test_a_server_without_ranges_that_breaks_off_is_given_up(server, small):
     with pytest.raises(FetchError, match=r"rangeless/: .*IncompleteRead"):
         fetch_published(small(f"{server.url}/rangeless/"), None, QUIET)
@@ -118,6 +136,7 @@ def test_the_next_source_is_tried_and_a_failure_names_all(server, small, cache):
     assert lines[4].startswith("To put it there by hand: get small.safetensors")
     assert "train-images-idx3-ubyte.gz" in lines[4]
     assert lines[4].endswith("normlab data fetch small --data-dir FOLDER")
+    assert [path.name for path in cache.iterdir()] in ([], ["small.lock"])
     fetch_published(small(absent, gone, f"{server.url}/ordinary/"), None, QUIET)
     assert_kept(small(), cache)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from normlab.data.layouts import AbsentError, Arrays, Layout, npz, safetensors
@@ -119,8 +119,8 @@ def _fill(published: Published, path: Path, sources: list[Source], progress: Pro
         else:
             progress.say(f"{published.name}: kept as {path}")
             return
-    with suppress(OSError):  # What has begun to come stays, and is gone on with.
-        aside.rmdir()
+    if not any(path.is_file() and path.stat().st_size for path in aside.rglob("*")):
+        shutil.rmtree(aside, ignore_errors=True)  # Nothing has begun to come.
     raise FetchError("\n".join([f"{published.name} cannot be had:", *tried, _advice(published)]))
 
 

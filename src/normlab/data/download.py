@@ -18,7 +18,7 @@ _WHOLE, _PART, _NOTHING_MORE = 200, 206, 416  # The server's answers to a reques
 
 
 class _NothingMoreError(Exception):
-    """The server has nothing after what is here: that is all of the file, or of another one."""
+    """The server has nothing after what is here: it is the whole file, or another one."""
 
 
 def download(url: str, path: Path, progress: Progress) -> None:
@@ -43,11 +43,8 @@ def download(url: str, path: Path, progress: Progress) -> None:
         before = part.stat().st_size if part.exists() else 0
         try:
             _append(url, part, progress)
-        except _NothingMoreError as error:
-            # All of it may be here: a fetch can be killed before it gives the file its name.
-            if str(error) == f"bytes */{before}":
-                break
-            part.unlink()
+        except _NothingMoreError:
+            break  # A fetch can be killed before it gives the file its name.
         except requests.ConnectTimeout:
             raise AbsentError(f"no connection within {_CONNECT_SECONDS:g} s") from None
         except requests.RequestException as error:
@@ -78,7 +75,7 @@ def _append(url: str, part: Path, progress: Progress) -> None:
                 return
             response.close()
             if status == _NOTHING_MORE and have:
-                raise _NothingMoreError(extent)
+                raise _NothingMoreError
             raise AbsentError(f"the server answers {status} {extent}".strip())
 
         pooch.HTTPDownloader(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.data.layouts import UNREADABLE
 from normlab.errors import InputError
 
 __all__ = ["read_folder"]
@@ -118,6 +119,6 @@ def _pixels(file: Path) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no image, or damaged"
         raise InputError(f"{file} cannot be read: {reason}") from None

@@ -43,6 +43,7 @@ UNREADABLE = (
     KeyError,
     ValueError,
     RuntimeError,  # zipfile's own, of what is encrypted or packed in a way that it does not know.
+    SyntaxError,  # Pillow's own, of a broken chunk.
     BadZipFile,
     struct.error,
     tarfile.TarError,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from normlab.data.images import read_folder
 from normlab.data.layouts import UNREADABLE
 from normlab.data.pixels import to_bytes, to_labels
 from normlab.errors import InputError, did_you_mean
@@ -63,10 +64,13 @@ def is_own(name: str) -> bool:
 
 
 def stamp(name: str) -> tuple[Any, ...]:
-    """Return what changes when files do: their paths, sizes and times."""
-    path = Path(name).expanduser().absolute()
+    """Return what changes when files do: their paths, sizes and times.
+
+    A module is imported once in a process, so its function is called once too.
+    """
     if _FUNCTION.fullmatch(name):
-        return (path.parent,)
+        return (Path.cwd(),)
+    path = Path(name).expanduser().absolute()
     found = [path]
     for folder, folders, files in os.walk(path):
         folders.sort()
@@ -91,8 +95,6 @@ def read_own(name: str) -> Own:
     Raises:
         InputError: It cannot be read, or is not what a study can be made on.
     """
-    from normlab.data.images import read_folder
-
     path = Path(name).expanduser()
     if _FUNCTION.fullmatch(name):
         return _check(_call(name), name)
