@@ -126,10 +126,10 @@ def test_another_set_under_the_same_name_is_refused(server, small):
 
 def test_the_next_source_is_tried_and_a_failure_names_all(server, small, cache):
     absent, gone = f"{server.url}/absent/", "http://127.0.0.1:9/"
-    with pytest.raises(FetchError) as raised:
-        try:
-            raise KeyError("what the caller was handling is no reason")
-        except KeyError:
+    try:
+        raise KeyError("what the caller was handling is no reason")
+    except KeyError:
+        with pytest.raises(FetchError) as raised:
             fetch_published(small(absent, gone), None, QUIET)
     lines = str(raised.value).splitlines()
     assert lines[0] == "small cannot be had:"
