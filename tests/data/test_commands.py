@@ -140,7 +140,7 @@ def test_a_study_of_own_data_goes_on_unless_the_data_changed(mine, tmp_path, cap
     mine()
     arguments = ["compare", "--dataset", "mine.npz", *RUN, "--seeds", "1", "--out", "run"]
     line = refused(capsys, *arguments)
-    assert "run was begun with other data: the SHA-256 of mine.npz was " in line
+    assert "run was begun with another dataset: the SHA-256 of mine.npz was " in line
     assert line.endswith("name another folder with --out")
 
 

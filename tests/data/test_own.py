@@ -155,7 +155,7 @@ def test_a_function_that_fails_or_returns_something_else(line, message):
 def test_a_module_or_function_that_is_not_there():
     refused("absent_module:make", "cannot be imported (ModuleNotFoundError")
     module("present", "  pass")
-    refused("present:mkae", "present has no function mkae (did you mean make?)")
+    refused("present:mkae", "present has no mkae (did you mean make?)")
     Path("broken.py").write_text("1 +")
     refused("broken:make", "broken cannot be imported (SyntaxError")
 

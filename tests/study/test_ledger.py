@@ -1,4 +1,3 @@
-import contextlib
 import sqlite3
 
 import pytest
@@ -73,21 +72,16 @@ def test_measurements_can_be_read_while_a_run_adds_to_them(tmp_path):
 def test_a_study_of_other_data_is_refused_and_left_alone(tmp_path):
     mine = STUDY.with_fields({"dataset": "./mine.npz"})
     for _ in range(2):
-        with Ledger.write(tmp_path, mine, "a1" * 32) as ledger:
+        with Ledger.write(tmp_path, mine, {"dataset": "a1" * 32}) as ledger:
             ledger.begin_session(workers=1)
     before = (tmp_path / FILENAME).read_bytes()
-    refusal = r"other data: the SHA-256 of ./mine.npz was a1a1a1a1a1a1…, and is b2b2b2b2b2b2…"
-    with pytest.raises(InputError, match=refusal), Ledger.write(tmp_path, mine, "b2" * 32):
+    refusal = r"another dataset: the SHA-256 of ./mine.npz was a1a1a1a1a1a1…, and is b2b2b2b2b2b2…"
+    with (
+        pytest.raises(InputError, match=refusal),
+        Ledger.write(tmp_path, mine, {"dataset": "b2" * 32}),
+    ):
         pass
     assert (tmp_path / FILENAME).read_bytes() == before
-
-
-def test_a_ledger_from_before_own_data_goes_on(tmp_path):
-    fill(tmp_path)
-    with contextlib.closing(sqlite3.connect(tmp_path / FILENAME)) as connection:
-        connection.execute("DROP TABLE data")
-    fill(tmp_path, Outcome(FIRST, "done", 10, 1.0))
-    assert len(read(tmp_path, "session")) == 2
 
 
 def test_a_folder_with_another_study_is_refused_and_left_alone(tmp_path):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +14,12 @@ from numpy.typing import NDArray
 from normlab.data.images import read_folder
 from normlab.data.layouts import UNREADABLE
 from normlab.data.pixels import to_bytes, to_labels
-from normlab.errors import InputError, did_you_mean
+from normlab.errors import InputError
+from normlab.imports import call, is_function
 from normlab.streams import stream
 
 __all__ = ["Own", "is_own", "read_own", "stamp"]
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # As normlab's own files name them, as short archives do, and as Keras' files do.
 _KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),
@@ -60,7 +56,7 @@ def is_own(name: str) -> bool:
     [False, True, True, True]
     """
     is_path = name.endswith(".npz") or "/" in name or os.sep in name or name in (".", "..")
-    return is_path or bool(_FUNCTION.fullmatch(name))
+    return is_path or is_function(name)
 
 
 def stamp(name: str) -> tuple[Any, ...]:
@@ -68,7 +64,7 @@ def stamp(name: str) -> tuple[Any, ...]:
 
     A module is imported once in a process, so its function is called once too.
     """
-    if _FUNCTION.fullmatch(name):
+    if is_function(name):
         return (Path.cwd(),)
     path = Path(name).expanduser().absolute()
     found = [path]
@@ -96,7 +92,7 @@ def read_own(name: str) -> Own:
         InputError: It cannot be read, or is not what a study can be made on.
     """
     path = Path(name).expanduser()
-    if _FUNCTION.fullmatch(name):
+    if is_function(name):
         return _check(_call(name), name)
     if path.is_dir():
         arrays, class_names = read_folder(path)
@@ -135,23 +131,7 @@ def _read_npz(path: Path) -> list[Any]:
 
 
 def _call(name: str) -> list[Any]:
-    module_name, function_name = name.split(":")
-    with _current_folder_importable():
-        importlib.invalidate_caches()  # The module may have been written a moment ago.
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:
-            raise InputError(
-                f"{name}: {module_name} cannot be imported ({type(error).__name__}: {error})"
-            ) from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            meant = did_you_mean(function_name, dir(module))
-            raise InputError(f"{name}: {module_name} has no function {function_name}{meant}")
-        try:
-            returned = function()
-        except Exception as error:
-            raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
+    returned = call(name)
     if not isinstance(returned, (tuple, list)) or len(returned) not in (2, 4):
         size = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
         raise InputError(
@@ -162,17 +142,6 @@ def _call(name: str) -> list[Any]:
         value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
         for value in returned
     ]
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """As `python -m` has it; the installed command alone would not find a module beside it."""
-    folder = os.fspath(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def _check(arrays: Sequence[Any], name: str, class_names: tuple[str, ...] = ()) -> Own:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,7 +26,7 @@ _VERSION = 2  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
-CREATE TABLE data (digest TEXT NOT NULL);
+CREATE TABLE own (field TEXT PRIMARY KEY, digest TEXT NOT NULL);
 CREATE TABLE session (
     id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
     versions TEXT NOT NULL, machine TEXT NOT NULL
@@ -60,18 +60,20 @@ class Ledger:
 
     @classmethod
     @contextmanager
-    def write(cls, folder: Path, study: Study, data: str | None = None) -> Iterator[Ledger]:
+    def write(
+        cls, folder: Path, study: Study, own: Mapping[str, str] | None = None
+    ) -> Iterator[Ledger]:
         """Open a folder's ledger to add to it, making both if they are not there.
 
         Args:
             folder: The run's.
             study: What it must hold.
-            data: The digest of the user's own data, which must be what it was. A published set
-                has none: its name stands for its hashes.
+            own: Digests of what the study's fields name of the user's own, `dataset` or `network`,
+                which must be what they were.
 
         Raises:
-            InputError: The folder cannot be written, holds another study or one of other data, or
-                is in use.
+            InputError: The folder cannot be written, holds another study or one of something
+                else, or is in use.
             LedgerError: The file there is damaged or is no ledger.
         """
         try:
@@ -91,7 +93,7 @@ class Ledger:
             raise InputError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             with cls._open(folder / FILENAME, "rwc") as ledger:
-                ledger._prepare(study, data)
+                ledger._prepare(study, own or {})
                 yield ledger
         finally:
             lock.release()
@@ -148,7 +150,7 @@ class Ledger:
             found = " ".join(verdict.split())
             raise LedgerError(f"{self.path} is damaged ({found}): move it away to start anew")
 
-    def _prepare(self, study: Study, data: str | None) -> None:
+    def _prepare(self, study: Study, own: Mapping[str, str]) -> None:
         is_new = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not is_new:
             self._check()
@@ -161,8 +163,7 @@ class Ledger:
                 for statement in _SCHEMA.split(";"):
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
-                if data is not None:
-                    self._connection.execute("INSERT INTO data VALUES (?)", (data,))
+                self._connection.executemany("INSERT INTO own VALUES (?, ?)", own.items())
                 self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         held = self.study
@@ -171,12 +172,12 @@ class Ledger:
                 f"{self.path.parent} holds another study ({_difference(held, study)}): "
                 "name another folder with --out"
             )
-        if data is not None:
-            (before,) = self._connection.execute("SELECT digest FROM data").fetchone()
-            if before != data:
+        for field, before in self._connection.execute("SELECT field, digest FROM own"):
+            if before != own[field]:
                 raise InputError(
-                    f"{self.path.parent} was begun with other data: the SHA-256 of {study.dataset} "
-                    f"was {before[:12]}…, and is {data[:12]}…: name another folder with --out"
+                    f"{self.path.parent} was begun with another {field}: the SHA-256 of "
+                    f"{getattr(study, field)} was {before[:12]}…, and is {own[field][:12]}…: name "
+                    "another folder with --out"
                 )
         with self._transaction():
             self._connection.execute(

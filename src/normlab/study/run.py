@@ -9,10 +9,12 @@ from typing import Protocol
 
 from normlab.data import load, split
 from normlab.errors import InputError
+from normlab.imports import is_function
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
-from normlab.training import Event, run_replicas
+from normlab.training import Event, build, run_replicas
 from normlab.training.choice import check_engine
+from normlab.training.networks import digest
 
 __all__ = ["Watcher", "run"]
 
@@ -55,7 +57,10 @@ def run(
     check_engine(engine)
     dataset = load(study.dataset)
     study.check_against(split(dataset, study.validation))
-    with Ledger.write(folder, study, dataset.digest) as ledger:
+    own = {} if dataset.digest is None else {"dataset": dataset.digest}
+    if is_function(study.network):
+        own["network"] = digest(build(study, study.arms[0], 0, dataset))
+    with Ledger.write(folder, study, own) as ledger:
         finished = frozenset(ledger.finished())
         missing = len(study.replicas) - len(finished)
         if watcher:

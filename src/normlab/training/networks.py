@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from normlab.streams import stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
 
-__all__ = ["build", "own_dropouts"]
+__all__ = ["build", "digest", "own_dropouts"]
 
 
 def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
@@ -94,6 +95,15 @@ def _become(network: nn.Module, arm: Arm, example: Tensor) -> None:
         raise InputError("it has no torch.nn.Dropout whose probability could be set")
     for dropout in dropouts:
         dropout.p = arm.dropout or dropout.p
+
+
+def digest(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's layers and values, which show of its code what they can."""
+    found = hashlib.sha256(repr(network).encode())
+    for name, value in network.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def own_dropouts(network: nn.Module) -> None:
