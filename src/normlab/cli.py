@@ -21,7 +21,7 @@ import normlab
 from normlab import report as reports
 from normlab.cli_data import Data
 from normlab.errors import FetchError, InputError, NormlabError
-from normlab.study import Study, bundled_studies
+from normlab.study import Study, bundled_studies, find_study
 from normlab.training import Recipe
 
 __all__ = ["main"]
@@ -59,10 +59,17 @@ class _Compare:
             help="auto times looped and stacked on each arm, and remembers.", metavar="ENGINE"
         ),
     ] = "auto"
+    as_published: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="As the text that the study is of had it: its splits, its one seed."),
+    ] = False
     json: _Json = False
 
     def run(self) -> None:
         """Train, report and print."""
+        study = find_study(self.study)
+        if self.as_published:
+            study = study.as_published()
         given = {name: getattr(self, name) for name in _OVERRIDES}
         fields = {
             # One value is a value: `--seeds 10` is a number of seeds, `--seeds 3 7` names two.
@@ -74,16 +81,18 @@ class _Compare:
             raise InputError(f"--workers {self.workers}: expected a whole number above 0")
         workers = int(self.workers)
         _print(
-            normlab.compare(
-                self.study, out=self.out, workers=workers, engine=self.engine, **fields
-            ),
+            normlab.compare(study, out=self.out, workers=workers, engine=self.engine, **fields),
             self.json,
         )
 
 
 # The study's own fields first, then those of its recipe.
 _OVERRIDES = sorted(
-    (name for name in Study.model_fields if name not in ("name", "description")),
+    (
+        name
+        for name in Study.model_fields
+        if name not in ("name", "description", "published", "protocol")
+    ),
     key=lambda name: name in Recipe.model_fields,
 )
 

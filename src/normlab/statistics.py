@@ -100,6 +100,23 @@ def mean_interval(
     return mean, mean - half, mean + half
 
 
+def prediction_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval in which one more value would lie, if all are of one normal distribution.
+
+    Args:
+        values: Shape (n,), n ≥ 2.
+        confidence: The chance that it does.
+
+    >>> low, high = prediction_interval([1.0, 2.0, 3.0])
+    >>> round(low, 2), round(high, 2)
+    (-2.97, 6.97)
+    """
+    array = np.asarray(values, dtype=float)
+    n, mean = len(array), array.mean()
+    half = _critical((1 - confidence) / 2, n) * array.std(ddof=1) * np.sqrt(1 + 1 / n)
+    return float(mean - half), float(mean + half)
+
+
 def sign_flip_p(differences: ArrayLike) -> float:
     """Return the p of the sign-flip permutation test of the mean difference, two-sided.
 

@@ -12,6 +12,7 @@ from typing import Any
 from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, chart
+from normlab.report.published import published_sentence, published_table
 from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline, sentence
 from normlab.study import Comparison
@@ -71,7 +72,7 @@ def _html(comparison: Comparison, specs: dict[str, Any], pictures: dict[str, str
         description=escape(comparison.study.description),
         answer="".join(f"<p>{escape(sentence)}</p>" for sentence in headline(comparison)),
         table=html_table(comparison),
-        evidence=_evidence(comparison),
+        evidence=_evidence(comparison) + _published(comparison),
         figures=figures,
         details=_details(comparison),
         declaration=escape(comparison.study.to_toml()),
@@ -105,10 +106,20 @@ def _evidence(comparison: Comparison) -> str:
     ) + (f"<ul>{sentences}</ul>" if sentences else "")
 
 
+def _published(comparison: Comparison) -> str:
+    """Return the table of what the text printed; nothing if it printed nothing."""
+    if not comparison.study.published:
+        return ""
+    return (
+        f'<h2>What was published</h2><div class="wide">{published_table(comparison)}</div>'
+        f"<p>{escape(published_sentence(comparison))}</p>"
+    )
+
+
 def _evaluated(comparison: Comparison) -> str:
     steps, epoch = comparison.study.evaluate_every, comparison.steps_per_epoch
     size = f" of {epoch:,} steps" if epoch else ""
-    often = f" and every {steps:,} steps" if steps else ""
+    often = f" and every {steps:,} steps within it" if steps else ""
     return (
         f"after every epoch{size}{often}, in eval mode; "
         "steps to a target are counted at evaluations"

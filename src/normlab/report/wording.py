@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normlab.report.published import published_sentence
 from normlab.study import Comparison, Metric, Verdict
 
 __all__ = [
@@ -80,9 +81,10 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return a sentence for each verdict on the other metrics that does not speak for itself."""
+    """Return what there is to say of published figures, and of verdicts on the other metrics."""
     first = comparison.metrics[0].name
-    return [
+    told = [published_sentence(comparison)] if comparison.study.published else []
+    return told + [
         sentence(one)
         for one in comparison.verdicts
         if one.metric.name != first and one.verdict and (one.reason or one.seeds_needed != 0)

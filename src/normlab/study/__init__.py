@@ -2,12 +2,14 @@
 
 from normlab.study.comparison import Comparison
 from normlab.study.declaration import Study, bundled_studies, find_study
+from normlab.study.published import Published
 from normlab.study.run import run
 from normlab.study.verdicts import Metric, Verdict, judge
 
 __all__ = [
     "Comparison",
     "Metric",
+    "Published",
     "Study",
     "Verdict",
     "bundled_studies",

@@ -15,6 +15,7 @@ from normlab.errors import InputError
 from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
+from normlab.study.published import beside
 from normlab.study.verdicts import Metric, Verdict, judge
 from normlab.training import Replica, Setting
 
@@ -265,7 +266,21 @@ class Comparison:
                 for arm, settings in self.chosen.items()
             },
             "verdicts": [_verdict_dict(verdict) for verdict in self.verdicts],
+            "published": self.published,
         }
+
+    @cached_property
+    def published(self) -> list[dict[str, Any]]:
+        """What the text printed, beside what was measured here; as `published.beside` has it."""
+        epoch, chosen = self.steps_per_epoch, self.chosen
+        measured: dict[tuple[str, str, str, int, int], dict[int, float]] = {}
+        for m in self._measurements:
+            replica = _replica(m)
+            if chosen[replica.arm].get(replica.seed) == replica.setting:
+                into = m["step"] - m["epoch"] * epoch
+                key = (replica.arm, m["split"], m["metric"], m["epoch"], into)
+                measured.setdefault(key, {})[replica.seed] = m["value"]
+        return beside(self.study.published, measured, self.study.confidence)
 
     def _finished_seeds(self) -> list[int]:
         finished = {_replica(one) for one in self._replicas}

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.networks import parse_arm
+from normlab.study.published import Published
 from normlab.training import Recipe, Replica, Setting, build
 
 if sys.version_info >= (3, 11):
@@ -27,6 +28,8 @@ __all__ = ["Study", "bundled_studies", "find_study"]
 
 
 _MOST_SEEDS = 10_000
+_FOR_PEOPLE = ("name", "description", "published", "protocol")
+"""Fields that make no difference to what is measured."""
 
 
 def _seeds(value: object) -> object:
@@ -101,6 +104,13 @@ class Study(Recipe):
         0.95, gt=0.5, lt=1, description="Of the intervals; the tests' level is the rest."
     )
 
+    published: tuple[Published, ...] = Field(
+        (), description="What the text that the study is of printed."
+    )
+    protocol: dict[str, Any] = Field(
+        {}, description="Fields that the text had otherwise, for --as-published."
+    )
+
     @field_validator("arms")
     @classmethod
     def _are_arms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,6 +149,15 @@ class Study(Recipe):
             )
         return self
 
+    @field_validator("protocol")
+    @classmethod
+    def _has_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name not in Study.model_fields:
+                known = did_you_mean(name, Study.model_fields)
+                raise InputError(f"protocol: unknown key {name!r}{known}")
+        return value
+
     @property
     def baseline(self) -> str:
         """The arm that the others are compared with."""
@@ -158,7 +177,7 @@ class Study(Recipe):
     @property
     def fingerprint(self) -> str:
         """A digest of all that is declared, but for the words that people read."""
-        declared = self.model_dump(mode="json", exclude={"name", "description"})
+        declared = self.model_dump(mode="json", exclude=set(_FOR_PEOPLE))
         return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -176,6 +195,17 @@ class Study(Recipe):
             return cls.model_validate(dict(fields))
         except ValidationError as error:
             raise InputError(f"{source}: {_explain(error)}") from None
+
+    def as_published(self) -> Study:
+        """Return the study as the text had it: its splits, its batches, its one seed.
+
+        Raises:
+            InputError: The study is of no text, or what its `protocol` says cannot be used.
+        """
+        if not self.protocol:
+            raise InputError(f"{self.name} is of no text: it has no protocol")
+        name = f"{self.name}-as-published"
+        return self.with_fields({**self.protocol, "name": name, "protocol": {}}, name)
 
     @classmethod
     def from_toml(cls, text: str, source: str = "study") -> Study:
