@@ -58,6 +58,16 @@ class _Compare:
             help="auto times looped and stacked on each arm, and remembers.", metavar="ENGINE"
         ),
     ] = "auto"
+    tensorboard: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="Write TensorBoard's event files while training."),
+    ] = False
+    mlflow: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Tracking URI to log to while training.", metavar="URI", help_behavior_hint=""
+        ),
+    ] = None
     json: _Json = False
 
     def run(self) -> None:
@@ -74,7 +84,13 @@ class _Compare:
         workers = int(self.workers)
         _print(
             normlab.compare(
-                self.study, out=self.out, workers=workers, engine=self.engine, **fields
+                self.study,
+                out=self.out,
+                workers=workers,
+                engine=self.engine,
+                tensorboard=self.tensorboard,
+                mlflow=self.mlflow,
+                **fields,
             ),
             self.json,
         )
@@ -127,6 +143,36 @@ class Report:
         comparison = normlab.Comparison(self.folder)
         comparison.report()
         _print(comparison, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write what a run's ledger says in a form that other programs read."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    ]
+    to: Annotated[
+        str,
+        tyro.conf.arg(
+            help="csv or parquet: tables of measurements and replicas. tensorboard: event files. "
+            "mlflow: runs.",
+            metavar="|".join(reports.FORMATS),
+        ),
+    ]
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Folder to write to; for mlflow a tracking URI.",
+            metavar="FOLDER|URI",
+            help_behavior_hint="(FOLDER, FOLDER/tensorboard, or MLflow's own setting)",
+        ),
+    ] = None
+
+    def run(self) -> None:
+        """Write, and print where."""
+        where = normlab.Comparison(self.folder).export(self.to, self.out)
+        print(f"Written: {where}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +278,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Studies | Bench,  # type: ignore[arg-type]
+                Compare | Report | Export | Studies | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -246,7 +292,9 @@ def _parse(arguments: Sequence[str]) -> Any:
         lines = (line.strip("│╭╮╰╯|+ ") for line in complaint.getvalue().splitlines())
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
-        command = f"{arguments[0]} " * (arguments[0] in ("compare", "report", "studies", "bench"))
+        command = f"{arguments[0]} " * (
+            arguments[0] in ("compare", "report", "export", "studies", "bench")
+        )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 
 

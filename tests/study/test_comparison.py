@@ -55,6 +55,7 @@ def test_the_frame_is_tidy_and_whole(tmp_path):
         "split",
         "metric",
         "value",
+        "time",
         "status",
     ]
     assert list(frame.columns) == columns

@@ -2,7 +2,7 @@
 
 from normlab.study.comparison import Comparison
 from normlab.study.declaration import Study, bundled_studies, find_study
-from normlab.study.run import run
+from normlab.study.run import Watcher, run
 from normlab.study.verdicts import Metric, Verdict, judge
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Metric",
     "Study",
     "Verdict",
+    "Watcher",
     "bundled_studies",
     "find_study",
     "judge",
