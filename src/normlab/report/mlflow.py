@@ -72,7 +72,7 @@ class Mlflow:
         import mlflow
 
         uri = uri or mlflow.get_tracking_uri()
-        self.out = re.sub("//[^/@]*@", "//", uri)  # Without a password, for it is shown.
+        self.out = _without_password(uri)
         with self._in_one_line(InputError):
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._client.search_experiments(max_results=1)
@@ -199,7 +199,7 @@ class Mlflow:
         try:
             yield
         except Exception as error:
-            said = textwrap.shorten(str(error), 300, placeholder=" …")
+            said = textwrap.shorten(_without_password(str(error)), 300, placeholder=" …")
             raise kind(f"{self.out}: MLflow cannot be used there: {said}") from None
         finally:
             for name in mine:
@@ -217,6 +217,11 @@ def _differences(comparison: Comparison) -> dict[str, float]:
                 arm = re.sub(r"[^\w.: -]", "_", verdict.arm)
                 found[f"{verdict.metric.name}/{arm}/{name}"] = value
     return found
+
+
+def _without_password(text: str) -> str:
+    """Return a text that may be shown: its addresses without the user's name and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _milliseconds(seconds: float) -> int:
