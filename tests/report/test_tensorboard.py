@@ -122,6 +122,7 @@ def test_the_table_of_hyperparameters_has_every_replica_and_how_it_ended(written
     for replica, end in ends(comparison).items():
         name = run_name(comparison.study, replica)
         start = plugin(folder, name, metadata.SESSION_START_INFO_TAG)
+        assert start.group_name == name
         given = {key: value.WhichOneof("kind") for key, value in start.hparams.items()}
         numbers = dict.fromkeys(("lr", "seed", "weight_decay"), "number_value")
         assert given == {"arm": "string_value", **numbers}

@@ -167,7 +167,8 @@ def _replica(
 
     # One that diverged at once has no measurement to take the time from.
     begun = course[0].time if course else comparison.started
-    start = summary_v2.hparams_pb(replica._asdict(), start_time_secs=begun)
+    name = run_name(comparison.study, replica)
+    start = summary_v2.hparams_pb(replica._asdict(), name, begun)
     records = [
         _version(begun),
         _record(begun, summary=_experiment(comparison)),
