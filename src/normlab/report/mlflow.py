@@ -199,7 +199,7 @@ class Mlflow:
         try:
             yield
         except Exception as error:
-            said = textwrap.shorten(_without_password(str(error)), 300, placeholder=" …")
+            said = textwrap.shorten(_without_password(str(error)), 400, placeholder=" …")
             raise kind(f"{self.out}: MLflow cannot be used there: {said}") from None
         finally:
             for name in mine:
