@@ -144,6 +144,40 @@ def test_going_on_adds_what_is_new_and_nothing_twice(uri, read, tmp_path):
         assert run.info.status == "FINISHED"
 
 
+def test_what_is_there_is_found_page_by_page_and_not_sent_again(uri, compared, monkeypatch):
+    comparison, find = compared(name="pages", seeds=3), MlflowClient.search_runs
+    Mlflow(uri).write(comparison)
+
+    def refused(*_, **__):
+        raise AssertionError("there is nothing to send")
+
+    for name in ("create_run", "log_batch", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, refused)
+    small = {"max_results": 2}
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **b: find(*a, **{**b, **small}))
+    Mlflow(uri).write(comparison)
+
+
+def test_a_run_that_was_not_closed_is_closed_later(uri, read, compared, monkeypatch):
+    comparison = compared(name="unclosed", seeds=1, arms="plain")
+
+    def gone(*_, **__):
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", gone)
+        with pytest.raises(NormlabError, match="gone"):
+            Mlflow(uri).write(comparison)
+    sent, send = [], MlflowClient.log_batch
+    monkeypatch.setattr(
+        MlflowClient, "log_batch", lambda *a, **b: (sent.append(a[1]), send(*a, **b))
+    )
+    Mlflow(uri).write(comparison)
+    parent, children = read(comparison)
+    assert_says_what_the_ledger_says(uri, comparison, children)
+    assert sent == [parent.info.run_id]  # The replica's run has everything; it was only open.
+
+
 def test_the_same_study_in_another_folder_is_another_run(uri, make_run, monkeypatch):
     client = MlflowClient(tracking_uri=uri)
     for moment in ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"):
