@@ -105,6 +105,46 @@ def test_report_draws_again_from_the_ledger_alone(run, tmp_path, capsys):
     assert (tmp_path / "accuracy.svg").read_text() == (run / "accuracy.svg").read_text()
 
 
+@pytest.mark.parametrize("to", ["csv", "parquet", "tensorboard"])
+def test_export_writes_to_the_folder_that_is_named_and_says_so(run, tmp_path, capsys, to):
+    out = tmp_path / "exported"
+    assert call("export", str(run), "--to", to, "--out", str(out)) == 0
+    assert capsys.readouterr().out == f"Written: {out}\n"
+    assert any(path.is_file() for path in out.rglob("*"))
+
+
+def test_event_files_are_written_to_the_runs_folder_while_it_trains(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["compare", "--arms", "plain", "--seeds", "1", *TINY, "--out", str(out)]
+    assert call(*arguments, "--tensorboard", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    names = {str(path.parent.relative_to(out)) for path in out.rglob("*tfevents*")}
+    assert names == {"tensorboard/plain/lr=0.01/seed=0", "tensorboard/plain/mean"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tensorboard"], "tensorboard cannot be imported"),
+        (["--mlflow", "sqlite:///here.db"], "mlflow cannot be imported"),
+    ],
+)
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_trained(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for package in ("mlflow", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert message in refused(capsys, "compare", *TINY, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_that_mlflow_cannot_take_is_not_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "MLflow cannot be used there" in refused(capsys, "compare", *TINY, "--mlflow", "ftp://x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_default_folder_is_named_by_study_and_digest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "--arms", "plain", "--seeds", "4", *TINY]
@@ -192,6 +232,8 @@ def test_bad_study_files_name_the_file_and_the_fault(text, message, tmp_path, mo
         ),
         (["compare", "--seeds"], "seeds: "),
         (["report"], "FOLDER"),
+        (["export", "runs/mine"], "--to"),
+        (["export", "runs/mine", "--to", "csv"], "runs/mine holds no run"),
         (["explain"], "explain"),
     ],
 )

@@ -63,6 +63,16 @@ class _Compare:
         tyro.conf.FlagCreatePairsOff[bool],
         tyro.conf.arg(help="As the text that the study is of had it: its splits, its one seed."),
     ] = False
+    tensorboard: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="Write TensorBoard's event files while training."),
+    ] = False
+    mlflow: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Tracking URI to log to while training.", metavar="URI", help_behavior_hint=""
+        ),
+    ] = None
     json: _Json = False
 
     def run(self) -> None:
@@ -81,7 +91,15 @@ class _Compare:
             raise InputError(f"--workers {self.workers}: expected a whole number above 0")
         workers = int(self.workers)
         _print(
-            normlab.compare(study, out=self.out, workers=workers, engine=self.engine, **fields),
+            normlab.compare(
+                study,
+                out=self.out,
+                workers=workers,
+                engine=self.engine,
+                tensorboard=self.tensorboard,
+                mlflow=self.mlflow,
+                **fields,
+            ),
             self.json,
         )
 
@@ -137,6 +155,36 @@ class Report:
         comparison = normlab.Comparison(self.folder)
         comparison.report()
         _print(comparison, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write what a run's ledger says in a form that other programs read."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    ]
+    to: Annotated[
+        str,
+        tyro.conf.arg(
+            help="csv or parquet: tables of measurements and replicas. tensorboard: event files. "
+            "mlflow: runs.",
+            metavar="|".join(reports.FORMATS),
+        ),
+    ]
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Folder to write to; for mlflow a tracking URI.",
+            metavar="FOLDER|URI",
+            help_behavior_hint="(FOLDER, FOLDER/tensorboard, or MLflow's own setting)",
+        ),
+    ] = None
+
+    def run(self) -> None:
+        """Write, and print where."""
+        where = normlab.Comparison(self.folder).export(self.to, self.out)
+        print(f"Written: {where}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +292,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Studies | Data | Bench,  # type: ignore[arg-type]
+                Compare | Report | Export | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -259,7 +307,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
         command = f"{arguments[0]} " * (
-            arguments[0] in ("compare", "report", "studies", "data", "bench")
+            arguments[0] in ("compare", "report", "export", "studies", "data", "bench")
         )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 

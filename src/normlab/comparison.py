@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,21 @@ class Comparison(studies.Comparison):
         """
         return reports.write(self, Path(path) if path is not None else self.folder)
 
+    def export(self, to: str, out: str | Path | None = None) -> str:
+        """Write what the ledger says in a form that other programs read, and return where.
+
+        Args:
+            to: `csv`, `parquet`, `tensorboard` or `mlflow`.
+            out: The folder to write to; the run's own if none is given, and in it `tensorboard` for
+                that. For `mlflow` a tracking URI; MLflow's own setting if none is given.
+
+        Raises:
+            InputError: There is no such form, a package that it needs is missing, or MLflow cannot
+                be reached.
+            NormlabError: It cannot be written.
+        """
+        return reports.export(self, to, None if out is None else str(out))
+
     def __str__(self) -> str:
         lines = [*reports.headline(self), "", reports.text_table(self), "", *reports.remarks(self)]
         return "\n".join(lines).strip()
@@ -62,6 +78,8 @@ def compare(
     workers: int = 1,
     engine: str = "auto",
     progress: bool = True,
+    tensorboard: bool = False,
+    mlflow: str | None = None,
     **fields: Any,
 ) -> Comparison:
     """Compare the arms of a study: train what its ledger lacks, and say what came of it.
@@ -78,13 +96,16 @@ def compare(
         engine: `looped` trains one replica after another, `stacked` several in one operation;
             `auto` times both on each arm's own steps, and remembers.
         progress: Show progress on standard error.
+        tensorboard: Write event files to `tensorboard` in the run's folder, while it trains.
+        mlflow: A tracking URI at which MLflow is to keep the run, while it trains.
         **fields: Fields of the study that get another value, such as `seeds=5` or `epochs=2`.
 
     Returns:
         The comparison; its report is in the run's folder.
 
     Raises:
-        InputError: The study, a field or the folder cannot be used.
+        InputError: The study, a field or the folder cannot be used; or a log, before anything is
+            trained. One that fails later is warned of, and `Comparison.export` writes it.
         LedgerError: The ledger is damaged, or the disk is full.
 
     >>> compare("mnist-mlp-adam", epoch=2)
@@ -94,13 +115,18 @@ def compare(
     chosen = study if isinstance(study, studies.Study) else studies.find_study(str(study))
     declared = chosen.with_fields(fields, chosen.name)
     folder = Path(out) if out is not None else default_folder(declared)
+    logs: list[reports.Log] = []
+    if tensorboard:
+        logs.append(reports.TensorBoard(folder / "tensorboard"))
+    if mlflow is not None:
+        logs.append(reports.Mlflow(mlflow))
     # Before the display of the run begins: a fetch shows a bar of its own.
     load(declared.dataset, progress=progress)
-    if progress:
-        with reports.Live(declared) as live:
-            studies.run(declared, folder, workers=workers, engine=engine, watcher=live)
-    else:
-        studies.run(declared, folder, workers=workers, engine=engine)
+    with (
+        reports.Live(declared) if progress else nullcontext() as live,
+        reports.Logs(folder, logs, live) as watcher,
+    ):
+        studies.run(declared, folder, workers=workers, engine=engine, watcher=watcher)
     comparison = Comparison(folder)
     comparison.report()
     return comparison

@@ -7,7 +7,7 @@ import pytest
 from normlab.errors import InputError
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
-from normlab.training import Measurement, Outcome, Setting
+from normlab.training import Choice, Engine, Measurement, Outcome, Replica, Setting
 
 BASE = Study(arms=["plain", "batch"], seeds=6, epochs=3)
 
@@ -55,6 +55,7 @@ def test_the_frame_is_tidy_and_whole(tmp_path):
         "split",
         "metric",
         "value",
+        "time",
         "status",
     ]
     assert list(frame.columns) == columns
@@ -262,3 +263,23 @@ def test_the_summary_has_what_programs_were_promised(tmp_path):
     } <= set(summary["verdicts"][0])  # fmt: skip
     assert Study.make(summary["study"]) == BASE
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_replicas_have_what_each_ended_with_at_every_rate(tmp_path):
+    study = BASE.with_fields({"lr": [0.1, 0.01], "seeds": 2})
+    bad, absent = study.replicas[0], study.replicas[-1]
+    keep(tmp_path, study, rising, diverged=[bad], missing=[absent])
+    with Ledger.write(tmp_path, study) as ledger:
+        ledger.begin_session(workers=1)
+        ledger.add(Choice("batch", Engine("looped", "traced"), {}), seconds=0.0)
+    table = Comparison(tmp_path).replicas()
+    assert len(table) == len(study.replicas) - 1
+    rows = table.set_index(["arm", "lr", "seed", "weight_decay"]).to_dict("index")
+    assert absent not in rows
+    assert (rows[bad]["status"], rows[bad]["step"], rows[bad]["seconds"]) == ("diverged", 100, 1.0)
+    assert math.isnan(rows[bad]["final_test_accuracy"])
+    assert math.isnan(rows[bad]["engine"])  # None was chosen for its arm.
+    other = rows["batch", 0.1, 1, 0.0]
+    assert (other["status"], other["step"], other["engine"]) == ("done", 300, "looped, traced")
+    _, validation, test = rising(Replica("batch", 0.1, 1), 3)
+    assert (other["final_validation_accuracy"], other["final_test_accuracy"]) == (validation, test)

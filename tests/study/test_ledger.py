@@ -1,4 +1,5 @@
 import sqlite3
+from datetime import datetime
 
 import pytest
 
@@ -30,13 +31,17 @@ def test_what_is_kept_is_read_back_exactly(tmp_path):
     with Ledger.read(tmp_path / "run") as ledger:
         assert ledger.study == STUDY
         assert ledger.finished() == {FIRST}
+    (session,) = read(tmp_path / "run", "session")
     rows = read(tmp_path / "run", "measurement")
+    times = {row.pop("time") for row in rows}
     key = {**FIRST._asdict(), "step": 10, "epoch": 1, "split": "test"}
     assert rows == [
         {**key, "metric": "accuracy", "value": 0.9},
         {**key, "metric": "loss", "value": 0.1 + 0.2},
     ]
-    (session,) = read(tmp_path / "run", "session")
+    # Of the start the session keeps whole seconds.
+    (passed,) = (time - datetime.fromisoformat(session["started"]).timestamp() for time in times)
+    assert 1.5 <= passed < 2.5
     assert (session["seconds"], session["workers"]) == (1.5, 1)
     assert '"torch"' in session["versions"]
 

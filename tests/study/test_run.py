@@ -17,8 +17,8 @@ from normlab.training import Measurement, Outcome
 def measured(folder):
     """All that must not depend on how often a study was interrupted; times may."""
     with Ledger.read(folder) as ledger:
-        replicas = [{**row, "seconds": None} for row in ledger.rows("replica")]
-        return ledger.rows("measurement"), replicas
+        measurements = [{**row, "time": None} for row in ledger.rows("measurement")]
+        return measurements, [{**row, "seconds": None} for row in ledger.rows("replica")]
 
 
 class Watcher:

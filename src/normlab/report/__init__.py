@@ -1,16 +1,26 @@
-"""Reports: a comparison in words, tables, charts and one HTML page. Nothing here trains."""
+"""Reports: a comparison in words, tables, charts, one HTML page and logs. Nothing here trains."""
 
 from normlab.report.charts import CHARTS, chart
+from normlab.report.export import FORMATS, export
 from normlab.report.live import Live
+from normlab.report.logs import Log, Logs
+from normlab.report.mlflow import Mlflow
 from normlab.report.page import write
 from normlab.report.table import TerminalTable, html_table, text_table
+from normlab.report.tensorboard import TensorBoard
 from normlab.report.wording import headline, remarks, sentence
 
 __all__ = [
     "CHARTS",
+    "FORMATS",
     "Live",
+    "Log",
+    "Logs",
+    "Mlflow",
+    "TensorBoard",
     "TerminalTable",
     "chart",
+    "export",
     "headline",
     "html_table",
     "remarks",

@@ -3,7 +3,7 @@
 from normlab.study.comparison import Comparison
 from normlab.study.declaration import Study, bundled_studies, find_study
 from normlab.study.published import Published
-from normlab.study.run import run
+from normlab.study.run import Watcher, run
 from normlab.study.verdicts import Metric, Verdict, judge
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Published",
     "Study",
     "Verdict",
+    "Watcher",
     "bundled_studies",
     "find_study",
     "judge",

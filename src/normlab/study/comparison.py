@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,17 @@ class Comparison:
             self.sessions = ledger.rows("session")
             self._replicas = ledger.rows("replica")
             self._measurements = ledger.rows("measurement")
+            self._engines = {arm: str(one.engine) for arm, one in ledger.choices().items()}
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds that were spent on measuring, over all sessions."""
         return float(sum(session["seconds"] for session in self.sessions))
+
+    @property
+    def started(self) -> float:
+        """When measuring began, in seconds since 1970."""
+        return datetime.fromisoformat(self.sessions[0]["started"]).timestamp()
 
     @property
     def complete(self) -> bool:
@@ -99,16 +106,35 @@ class Comparison:
 
         Returns:
             Columns `arm`, `lr`, `seed`, `weight_decay`, `step`, `epoch`, `split`, `metric`,
-            `value`, and `status` (`done`, `diverged`, or `running` where the replica has no
-            outcome yet).
+            `value`, `time` (UTC), and `status` (`done`, `diverged`, or `running` where the replica
+            has no outcome yet).
         """
         import pandas as pd
 
-        columns = [*_REPLICA, "step", "epoch", "split", "metric", "value"]
+        columns = [*_REPLICA, "step", "epoch", "split", "metric", "value", "time"]
         frame = pd.DataFrame(self._measurements, columns=columns)
+        times = pd.to_datetime(frame["time"].astype(float), unit="s", utc=True)
+        frame["time"] = times.dt.round("ms")
         replicas = pd.DataFrame(self._replicas, columns=[*_REPLICA, "status"])
         merged = frame.merge(replicas, how="left", on=_REPLICA)
         return merged.assign(status=merged["status"].fillna("running"))
+
+    def replicas(self) -> pd.DataFrame:
+        """Return what each replica that has an outcome ended with, one a row.
+
+        Unlike `outcomes`, of every learning rate, every weight decay and every seed.
+
+        Returns:
+            Columns `arm`, `lr`, `seed`, `weight_decay`, `status` (`done` or `diverged`), `step`
+            (the last one), `seconds` (it took), `engine`, `final_validation_accuracy` and one for
+            each of `metrics`, NaN as in `outcomes`.
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame(self._replicas, columns=[*_REPLICA, "status", "step", "seconds"])
+        frame["engine"] = frame["arm"].map(self._engines)
+        ends = self._outcome_table.drop(columns="status").reset_index()
+        return frame.merge(ends, how="left", on=_REPLICA)
 
     def curves(self, metric: str = "accuracy") -> pd.DataFrame:
         """Return the course of a metric, averaged over the seeds that finished.

@@ -22,7 +22,7 @@ __all__ = ["FILENAME", "Ledger"]
 
 FILENAME = "ledger.sqlite"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
-_VERSION = 2  # Of the schema; also there.
+_VERSION = 3  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
@@ -40,7 +40,7 @@ CREATE TABLE replica (
 ) WITHOUT ROWID;
 CREATE TABLE measurement (
     arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    split TEXT, metric TEXT, value REAL NOT NULL,
+    split TEXT, metric TEXT, value REAL NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
 ) WITHOUT ROWID;
 """
@@ -204,18 +204,19 @@ class Ledger:
                         f"{self.path.parent} was begun with {name} {before[name]}, and this is "
                         f"{now}, whose numbers may differ: name another folder with --out"
                     )
+        started = datetime.now(timezone.utc)
         with self._transaction():
             cursor = self._connection.execute(
                 "INSERT INTO session (started, seconds, workers, versions, machine) "
                 "VALUES (?, 0, ?, ?, ?)",
                 (
-                    datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    started.isoformat(timespec="seconds"),
                     workers,
                     json.dumps(versions),
                     json.dumps(machine),
                 ),
             )
-        self._session = cursor.lastrowid
+        self._session, self._started = cursor.lastrowid, started.timestamp()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -237,10 +238,12 @@ class Ledger:
         """
         with self._transaction():
             if isinstance(event, Measurement):
+                # By the session's own clock, which never goes back, whatever the machine's does.
+                time = self._started + seconds
                 self._connection.executemany(
-                    "INSERT INTO measurement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO measurement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
-                        (*event.replica, event.step, event.epoch, split, metric, value)
+                        (*event.replica, event.step, event.epoch, split, metric, value, time)
                         for (split, metric), value in event.values.items()
                     ],
                 )
