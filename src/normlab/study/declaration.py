@@ -228,7 +228,7 @@ class Study(Recipe):
         """Return the study as TOML, every field written out."""
         import tomli_w
 
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude_none=True)  # TOML has no null.
         own = {name: value for name, value in fields.items() if name not in Recipe.model_fields}
         return tomli_w.dumps({**own, **fields})
 
