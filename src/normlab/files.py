@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["cache_folder", "replace"]
 
 
-def replace(path: Path, content: str | bytes | memoryview) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Put `content` in place of whatever is at `path`, in one step.
 
     The content is written beside the target and renamed over it, so a reader sees the old file or

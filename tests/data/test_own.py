@@ -146,6 +146,14 @@ def test_a_function_of_a_module_beside_the_user(kind):
         ("return 3", "got a int"),
         ("return 1, 2, 3", "got a tuple of 3"),
         ("return 1, 2", "training images have the shape ()"),
+        (
+            "return [numpy.zeros((2, 2)), numpy.zeros((3, 3))], [0, 1]",
+            "returned what is no array (setting an array element with a sequence",
+        ),
+        (
+            "return torch.zeros(2, 3, 3, dtype=torch.bfloat16), [0, 1]",
+            "returned what is no array (Got unsupported ScalarType BFloat16)",
+        ),
     ],
 )
 def test_a_function_that_fails_or_returns_something_else(line, message):

@@ -119,7 +119,7 @@ def _fill(published: Published, path: Path, sources: list[Source], progress: Pro
         else:
             progress.say(f"{published.name}: kept as {path}")
             return
-    if not any(path.is_file() and path.stat().st_size for path in aside.rglob("*")):
+    if not any(file.is_file() and file.stat().st_size for file in aside.rglob("*")):
         shutil.rmtree(aside, ignore_errors=True)  # Nothing has begun to come.
     raise FetchError("\n".join([f"{published.name} cannot be had:", *tried, _advice(published)]))
 

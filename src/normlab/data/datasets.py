@@ -78,6 +78,8 @@ def check_dataset(name: str) -> None:
 
     Raises:
         InputError: It is neither a published set's nor has the form of a path or function.
+
+    >>> check_dataset("mine.npz")
     """
     if name not in PUBLISHED and not is_own(name):
         raise InputError(
@@ -89,7 +91,7 @@ def check_dataset(name: str) -> None:
 def load(name: str, *, progress: bool = True) -> Dataset:
     """Load a data set and check it; a published set that is not here yet is fetched.
 
-    The last one is kept: loading it again is free, unless the user's files have changed.
+    The last one of either kind is kept: loading it again is free, unless files have changed.
 
     Args:
         name: One of `dataset_names()`; of these mnist comes with the package. Or the user's own:
@@ -128,6 +130,9 @@ def fetch(name: str, *, data_dir: str | Path | None = None, progress: bool = Tru
     Raises:
         InputError: The name is unknown, or a folder cannot be used.
         FetchError: No source has it; says of each why.
+
+    >>> fetch("mnist").name
+    'mnist.npz'
     """
     folder = None if data_dir is None else Path(data_dir)
     return fetch_published(_published(name), folder, Progress(progress))
@@ -152,6 +157,8 @@ def verify(name: str) -> None:
     Raises:
         InputError: The name is unknown.
         NormlabError: It is not here, or is not as it was published.
+
+    >>> verify("mnist")
     """
     published = _published(name)
     path = place(published)

@@ -138,6 +138,10 @@ def contact_sheet(dataset: Dataset, columns: int = 10, most_classes: int = 50) -
 
     Returns:
         A PNG.
+
+    >>> from normlab.data import load
+    >>> contact_sheet(load("mnist"), columns=2)[1:4]
+    b'PNG'
     """
     from PIL import Image, ImageDraw, ImageFont
 

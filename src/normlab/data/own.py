@@ -138,10 +138,13 @@ def _call(name: str) -> list[Any]:
             f"{name}: expected (images, labels) or (images, labels, test_images, test_labels), "
             f"got a {type(returned).__name__}{size}"
         )
-    return [
-        value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-        for value in returned
-    ]
+    try:
+        return [
+            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+            for value in returned
+        ]
+    except (TypeError, ValueError) as error:  # A bfloat16 tensor; a list of images of all sizes.
+        raise InputError(f"{name} returned what is no array ({error})") from None
 
 
 def _check(arrays: Sequence[Any], name: str, class_names: tuple[str, ...] = ()) -> Own:

@@ -14,7 +14,7 @@ __all__ = ["to_bytes", "to_labels"]
 _CHANNELS = (1, 3)
 
 
-def to_bytes(images: Any, what: str) -> NDArray[np.uint8]:
+def to_bytes(images: NDArray[Any], what: str) -> NDArray[np.uint8]:
     """Return images as bytes, shape (N, C, H, W).
 
     Args:
@@ -29,8 +29,7 @@ def to_bytes(images: Any, what: str) -> NDArray[np.uint8]:
     >>> to_bytes(np.array([[[0.0, 0.2], [0.4, 1.0]]]), "images").tolist()
     [[[[0, 51], [102, 255]]]]
     """
-    array = np.asarray(images)
-    return np.ascontiguousarray(_as_bytes(_channels_first(array, what), what))
+    return np.ascontiguousarray(_as_bytes(_channels_first(images, what), what))
 
 
 def _channels_first(array: NDArray[Any], what: str) -> NDArray[Any]:
@@ -84,7 +83,7 @@ def _as_bytes(array: NDArray[Any], what: str) -> NDArray[np.uint8]:
     return pixels
 
 
-def to_labels(labels: Any, count: int, what: str) -> NDArray[np.int64]:
+def to_labels(labels: NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
     """Return labels as int64, shape (N,).
 
     Args:
@@ -98,9 +97,7 @@ def to_labels(labels: Any, count: int, what: str) -> NDArray[np.int64]:
     >>> to_labels(np.array([[3], [0]], np.uint8), 2, "labels").tolist()
     [3, 0]
     """
-    array = np.asarray(labels)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
+    array = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if array.ndim != 1:
         raise InputError(
             f"{what} have the shape {array.shape}: expected one number an image, shape (N,); of "
