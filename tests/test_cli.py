@@ -79,6 +79,32 @@ def test_a_run_leaves_its_ledger_report_charts_and_summary(run):
     assert Comparison(run).complete
 
 
+def test_a_study_can_be_run_as_its_text_had_it(tmp_path, capsys):
+    options = ["--validation", "59000", "--epochs", "1", "--workers", "1", "--network", "mlp:8"]
+    out = tmp_path / "run"
+    code = call("compare", "mnist-mlp-sgd", "--as-published", *options, "--out", str(out))
+    assert code == 0
+    study = Comparison(out).study
+    assert (study.name, study.arms, study.seeds) == ("mnist-mlp-sgd-as-published", ("batch",), (0,))
+    assert study.validation == 59000  # What is said on the command line goes first.
+    assert "two seeds would tell" in capsys.readouterr().out
+    line = refused(capsys, "compare", "mnist-bfloat16", "--as-published")
+    assert line == "normlab: mnist-bfloat16 is of no text: it has no protocol"
+
+
+def test_inspect_shows_the_layers_of_a_study_and_what_a_run_learned(run, capsys):
+    assert call("inspect", "mnist-mlp-adam") == 0
+    out = capsys.readouterr().out
+    assert "hidden1.norm" in out
+    assert "γ" not in out
+    assert call("inspect", str(run)) == 0
+    assert "γ" in capsys.readouterr().out
+    assert call("inspect", str(run), "--json") == 0
+    layers = json.loads(capsys.readouterr().out)
+    assert [one["layer"] for one in layers if one["kind"] == "BatchNorm1d"] == ["hidden0.norm"]
+    assert "unknown study 'nothing'" in refused(capsys, "inspect", "nothing")
+
+
 def test_json_is_the_only_thing_on_standard_output(run, capsys):
     assert call("compare", "--seeds", "2", *TINY, "--out", str(run), "--json") == 0
     document = json.loads(capsys.readouterr().out)

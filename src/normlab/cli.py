@@ -21,7 +21,7 @@ import normlab
 from normlab import report as reports
 from normlab.cli_data import Data
 from normlab.errors import FetchError, InputError, NormlabError
-from normlab.study import Study, bundled_studies, find_study
+from normlab.study import Study, bundled_studies, find_study, layers_of
 from normlab.training import Recipe
 
 __all__ = ["main"]
@@ -188,6 +188,28 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show the networks of a study layer by layer; of a run, also what their norms learned."""
+
+    what: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(help="Folder of a run, a bundled study, or a TOML file.", metavar="WHAT"),
+    ]
+    json: _Json = False
+
+    def run(self) -> None:
+        """Print a table for each arm."""
+        if Path(self.what).is_dir():
+            frame = normlab.Comparison(self.what).layers()
+        else:
+            frame = layers_of(find_study(self.what))
+        if self.json:
+            print(frame.to_json(orient="records", indent=2))
+        else:
+            Console(highlight=False).print(reports.LayersTable(frame))
+
+
+@dataclasses.dataclass(frozen=True)
 class Studies:
     """List the bundled studies."""
 
@@ -292,7 +314,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Export | Studies | Data | Bench,  # type: ignore[arg-type]
+                Compare | Report | Export | Inspect | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -307,7 +329,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
         command = f"{arguments[0]} " * (
-            arguments[0] in ("compare", "report", "export", "studies", "data", "bench")
+            arguments[0] in ("compare", "report", "export", "inspect", "studies", "data", "bench")
         )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 

@@ -12,9 +12,16 @@ from normlab.layers.modules import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
-from normlab.layers.norms import NormConstructor, RMSNorm, norm_constructor, norm_names
+from normlab.layers.norms import (
+    NORM_LAYERS,
+    NormConstructor,
+    RMSNorm,
+    norm_constructor,
+    norm_names,
+)
 
 __all__ = [
+    "NORM_LAYERS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

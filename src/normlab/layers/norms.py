@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from normlab.errors import InputError
 from normlab.layers.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["NormConstructor", "RMSNorm", "norm_constructor", "norm_names"]
+__all__ = ["NORM_LAYERS", "NormConstructor", "RMSNorm", "norm_constructor", "norm_names"]
 
 NormConstructor = Callable[[int, int], "nn.Module | None"]
 """Takes the number of channels and of spatial dimensions (0 for (N, C)); returns the layer, or None
@@ -50,6 +51,10 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm)
+"""Batch and instance norms are `_NormBase`s."""
 
 
 def norm_constructor(name: str) -> NormConstructor:

@@ -2,6 +2,7 @@
 
 from normlab.report.charts import CHARTS, chart
 from normlab.report.export import FORMATS, export
+from normlab.report.layers import LayersTable
 from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
 from normlab.report.mlflow import Mlflow
@@ -13,6 +14,7 @@ from normlab.report.wording import headline, remarks, sentence
 __all__ = [
     "CHARTS",
     "FORMATS",
+    "LayersTable",
     "Live",
     "Log",
     "Logs",

@@ -98,7 +98,8 @@ class Mlflow:
         begun = comparison.started
         whole = self._open(study.name, ledger | {_REPLICA: "all"}, begun)
         if whole.step is None:
-            self._log(whole, [], study.model_dump(mode="json"), {_STEP: "0"})
+            fields = study.model_dump(mode="json", exclude={"published", "protocol"})
+            self._log(whole, [], fields, {_STEP: "0"})
             whole.step = 0
         self._write_replicas(comparison, ledger | {"mlflow.parentRunId": whole.id}, begun)
         if comparison.complete and whole.is_open:

@@ -12,6 +12,7 @@ from typing import Any
 from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, chart
+from normlab.report.layers import layers_html
 from normlab.report.published import published_sentence, published_table
 from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline, sentence
@@ -74,6 +75,7 @@ def _html(comparison: Comparison, specs: dict[str, Any], pictures: dict[str, str
         table=html_table(comparison),
         evidence=_evidence(comparison) + _published(comparison),
         figures=figures,
+        layers=_layers(comparison),
         details=_details(comparison),
         declaration=escape(comparison.study.to_toml()),
         library=library,
@@ -113,6 +115,17 @@ def _published(comparison: Comparison) -> str:
     return (
         f'<h2>What was published</h2><div class="wide">{published_table(comparison)}</div>'
         f"<p>{escape(published_sentence(comparison))}</p>"
+    )
+
+
+def _layers(comparison: Comparison) -> str:
+    frame = comparison.layers()
+    if frame.empty:  # Nothing has been trained.
+        return ""
+    return (
+        f'<h2>The networks, layer by layer</h2><div class="wide">{layers_html(frame)}</div>'
+        "<p>Output is what a layer makes of one sample. γ and β are what the norms learned, over "
+        "channels and seeds.</p>"
     )
 
 

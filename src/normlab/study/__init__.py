@@ -2,6 +2,7 @@
 
 from normlab.study.comparison import Comparison
 from normlab.study.declaration import Study, bundled_studies, find_study
+from normlab.study.inspection import layers_of
 from normlab.study.published import Published
 from normlab.study.run import Watcher, run
 from normlab.study.verdicts import Metric, Verdict, judge
@@ -16,5 +17,6 @@ __all__ = [
     "bundled_studies",
     "find_study",
     "judge",
+    "layers_of",
     "run",
 ]

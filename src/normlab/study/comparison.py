@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -54,6 +55,8 @@ class Comparison:
             self.sessions = ledger.rows("session")
             self._replicas = ledger.rows("replica")
             self._measurements = ledger.rows("measurement")
+            self._layers = ledger.rows("layer")
+            self._learned = ledger.rows("learned")
             self._engines = {arm: str(one.engine) for arm, one in ledger.choices().items()}
 
     @property
@@ -169,6 +172,52 @@ class Comparison:
         curves = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n", "diverged"])
         curves.attrs["band"] = f"pointwise {self.study.confidence * 100:g}% t interval of the mean"
         return curves
+
+    def learned(self) -> pd.DataFrame:
+        """Return what the norm layers of each finished run held at its end, a channel a row.
+
+        Returns:
+            Columns `arm`, `lr`, `seed`, `weight_decay`, `layer`, `name` (`weight`, which is γ,
+            `bias`, β, `running_mean` or `running_var`), `channel` and `value`.
+        """
+        import pandas as pd
+
+        columns = [*_REPLICA, "layer", "name", "channel", "value"]
+        rows = (
+            (*(one[key] for key in columns[:-2]), channel, value)
+            for one in self._learned
+            for channel, value in enumerate(json.loads(one["value"]))
+        )
+        return pd.DataFrame(rows, columns=columns)
+
+    def layers(self) -> pd.DataFrame:
+        """Return the layers of each arm's network, and what its norms learned at what they report.
+
+        Returns:
+            Columns `arm`, `layer`, `kind`, `shape` (of what it makes of one sample), `parameters`;
+            and for `weight` and `bias` each `_mean`, `_low` and `_high`: the mean, the least and
+            the largest over channels and seeds, NaN where there is none.
+        """
+        import pandas as pd
+
+        rows = [
+            (arm, one["name"], one["kind"], tuple(json.loads(one["shape"])), one["parameters"])
+            for arm in self.study.arms
+            for one in self._layers
+            if one["arm"] == arm
+        ]
+        frame = pd.DataFrame(rows, columns=["arm", "layer", "kind", "shape", "parameters"])
+        learned = self.learned()
+        kept = {(arm, *setting) for arm, setting in self.reported.items()}
+        keys = zip(learned["arm"], learned["lr"], learned["weight_decay"], strict=True)
+        learned = learned.loc[[key in kept for key in keys]]
+        for name in ("weight", "bias"):
+            values = learned[learned["name"] == name].groupby(["arm", "layer"])["value"]
+            ends = values.agg(["mean", "min", "max"]).set_axis(
+                [f"{name}_mean", f"{name}_low", f"{name}_high"], axis=1
+            )
+            frame = frame.join(ends, on=["arm", "layer"])
+        return frame
 
     def diverged(self) -> Counter[tuple[str, Setting]]:
         """Return how many replicas of each arm and setting diverged."""

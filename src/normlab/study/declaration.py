@@ -24,11 +24,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Study", "bundled_studies", "find_study"]
+__all__ = ["FOR_PEOPLE", "Study", "bundled_studies", "find_study"]
 
 
 _MOST_SEEDS = 10_000
-_FOR_PEOPLE = ("name", "description", "published", "protocol")
+FOR_PEOPLE = ("name", "description", "published", "protocol")
 """Fields that make no difference to what is measured."""
 
 
@@ -177,7 +177,7 @@ class Study(Recipe):
     @property
     def fingerprint(self) -> str:
         """A digest of all that is declared, but for the words that people read."""
-        declared = self.model_dump(mode="json", exclude=set(_FOR_PEOPLE))
+        declared = self.model_dump(mode="json", exclude=set(FOR_PEOPLE))
         return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
     @classmethod

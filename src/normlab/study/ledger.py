@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,8 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from normlab.errors import InputError, LedgerError
-from normlab.study.declaration import Study
+from normlab.study.declaration import FOR_PEOPLE, Study
 from normlab.training import Choice, Engine, Event, Measurement, Replica
+from normlab.training.networks import Layer
 
 __all__ = ["FILENAME", "Ledger"]
 
@@ -42,6 +43,14 @@ CREATE TABLE measurement (
     arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
     split TEXT, metric TEXT, value REAL NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
+) WITHOUT ROWID;
+CREATE TABLE layer (
+    arm TEXT, place INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, shape TEXT NOT NULL,
+    parameters INTEGER NOT NULL, PRIMARY KEY (arm, place)
+) WITHOUT ROWID;
+CREATE TABLE learned (
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, layer TEXT, name TEXT, value TEXT NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, layer, name)
 ) WITHOUT ROWID;
 """
 
@@ -257,8 +266,27 @@ class Ledger:
                     "INSERT INTO replica VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (*event.replica, event.status, event.step, event.seconds),
                 )
+                self._connection.executemany(
+                    "INSERT INTO learned VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*event.replica, layer, name, json.dumps(value))
+                        for layer, values in event.learned.items()
+                        for name, value in values.items()
+                    ],
+                )
             self._connection.execute(
                 "UPDATE session SET seconds = ? WHERE id = ?", (seconds, self._session)
+            )
+
+    def describe(self, arm: str, layers: Sequence[Layer]) -> None:
+        """Keep what an arm's network is made of."""
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO layer VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (arm, place, each.name, each.kind, json.dumps(each.shape), each.parameters)
+                    for place, each in enumerate(layers)
+                ],
             )
 
     @property
@@ -284,13 +312,15 @@ class Ledger:
         """Return a table's rows in the order of its key.
 
         Args:
-            table: `measurement`, `replica`, `engine` or `session`.
+            table: `measurement`, `replica`, `engine`, `session`, `layer` or `learned`.
         """
         order = {
             "measurement": f"{_REPLICA}, step, split, metric",
             "replica": _REPLICA,
             "engine": "arm",
             "session": "id",
+            "layer": "arm, place",
+            "learned": f"{_REPLICA}, layer, name",
         }[table]
         cursor = self._connection.execute(f"SELECT * FROM {table} ORDER BY {order}")
         names = [column[0] for column in cursor.description]
@@ -299,7 +329,7 @@ class Ledger:
 
 def _difference(held: Study, wanted: Study) -> str:
     """Return the first field in which two studies of different fingerprints differ."""
-    before, now = (study.model_dump(exclude={"name", "description"}) for study in (held, wanted))
+    before, now = (study.model_dump(exclude=set(FOR_PEOPLE)) for study in (held, wanted))
     field = next(field for field in before if before[field] != now[field])
     return f"its {field} is {before[field]}, not {now[field]}"
 

@@ -14,7 +14,7 @@ from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
 from normlab.training import Event, build, run_replicas
 from normlab.training.choice import check_engine
-from normlab.training.networks import digest
+from normlab.training.networks import digest, layers
 
 __all__ = ["Watcher", "run"]
 
@@ -68,6 +68,8 @@ def run(
         if not missing:
             return
         ledger.begin_session(min(workers, missing))
+        for arm in study.arms:
+            ledger.describe(arm, layers(build(study, arm, 0, dataset), dataset.image_shape))
         started = time.perf_counter()
         events = run_replicas(
             study,

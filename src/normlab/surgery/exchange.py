@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from normlab import layers
 from normlab.errors import InputError
-from normlab.layers import NormConstructor, norm_constructor
+from normlab.layers import NORM_LAYERS, NormConstructor, norm_constructor
 
 __all__ = ["exchange_norms"]
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, layers.RMSNorm)
 _CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -46,7 +44,7 @@ def exchange_norms(model: nn.Module, norm: str | None, example: Tensor) -> list[
     2
     """
     construct = norm_constructor(norm) if norm else None
-    found = {name: each for name, each in model.named_modules() if isinstance(each, _NORMS)}
+    found = {name: each for name, each in model.named_modules() if isinstance(each, NORM_LAYERS)}
     if norm and not found:
         raise InputError(f"the network has no norm layer that {norm} could take the place of")
     if "" in found:

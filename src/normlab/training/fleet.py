@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normlab.data import Splits, gather
-from normlab.layers import draw_dropout_from
+from normlab.layers import NORM_LAYERS, draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
@@ -147,10 +147,24 @@ class Fleet:
                 self._save(path)
         share = self.seconds / len(self.replicas)
         ends: list[Measurement | Outcome] = [
-            Outcome(self.replicas[r], "done", self.step, share) for r in self.alive
+            Outcome(self.replicas[r], "done", self.step, share, self._learned(r))
+            for r in self.alive
         ]
         self.events += ends
         yield from ends
+
+    def _learned(self, replica: int) -> dict[str, dict[str, list[float]]]:
+        """Return what a replica's norm layers hold."""
+        state = self.state(replica)
+        norms = (name for name, m in self.network.named_modules() if isinstance(m, NORM_LAYERS))
+        return {
+            norm: {
+                name: state[f"{norm}.{name}"].flatten().tolist()
+                for name in ("weight", "bias", "running_mean", "running_var")
+                if f"{norm}.{name}" in state
+            }
+            for norm in norms
+        }
 
     def time_step(self, steps: int, rounds: int = 3) -> float:
         """Return the seconds that a replica's step takes: in the best of some rounds of steps.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,49 @@ from normlab.streams import stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
 
-__all__ = ["build", "digest", "own_dropouts"]
+__all__ = ["Layer", "build", "digest", "layers", "own_dropouts"]
+
+
+class Layer(NamedTuple):
+    """A layer of a network: a module without modules of its own.
+
+    Attributes:
+        name: Its qualified name.
+        kind: Its class.
+        shape: Of what it makes of one sample.
+        parameters: How many numbers it learns.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+def layers(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """Return a network's layers in the order in which they are first called.
+
+    >>> from normlab.networks import build_network
+    >>> network = build_network("mlp:8", "batch", 0, image_shape=(1, 4, 4), classes=3)
+    >>> layers(network, (1, 4, 4))[2]
+    Layer(name='hidden0.norm', kind='BatchNorm1d', shape=(8,), parameters=16)
+    """
+    network, found = copy.deepcopy(network).eval(), dict[str, Layer]()
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(module: nn.Module, _: Any, output: Any) -> None:
+            shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+            count = sum(each.numel() for each in module.parameters())
+            found.setdefault(name, Layer(name, type(module).__name__, shape, count))
+
+        return see
+
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(watch(name))
+    with torch.no_grad():
+        network(torch.zeros(1, *image_shape))
+    return list(found.values())
 
 
 def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:

@@ -81,12 +81,15 @@ class Outcome(NamedTuple):
         status: `done`, or `diverged` if its loss ceased to be a finite number.
         step: The last step at which it was looked at.
         seconds: Wall-clock time it took, evaluation included.
+        learned: Of each norm layer, by its name in the network: `weight` (γ), `bias` (β),
+            `running_mean` and `running_var`, as far as it has them; empty if it diverged.
     """
 
     replica: Replica
     status: Literal["done", "diverged"]
     step: int
     seconds: float
+    learned: dict[str, dict[str, list[float]]] = {}  # noqa: RUF012 - nobody adds to it
 
 
 class Recipe(BaseModel):
