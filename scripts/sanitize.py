@@ -18,11 +18,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "src/normlab/kernels"
-CONVOLUTION = KERNELS / "convolution.cpp"
+IMAGES = [KERNELS / "convolution.cpp", KERNELS / "pooling.cpp"]
 PROGRAMS = {
     "batch norm": [HERE / "sanitize.cpp"],
-    "convolution": [HERE / "sanitize_convolution.cpp", CONVOLUTION],
-    "steps": [HERE / "sanitize_steps.cpp", KERNELS / "batch_norm.cpp", CONVOLUTION],
+    "images": [HERE / "sanitize_images.cpp", *IMAGES],
+    "steps": [HERE / "sanitize_steps.cpp", KERNELS / "batch_norm.cpp", *IMAGES],
 }
 SANITIZERS = {
     "address,undefined": {},

@@ -7,6 +7,7 @@ from normlab.data import load, scale, split
 from normlab.errors import InputError
 from normlab.networks import build_network
 from normlab.training import Engine, Recipe, Replica, program
+from normlab.training.agreement import agrees_with_the_module
 from normlab.training.engine import build_fleet
 
 
@@ -72,7 +73,7 @@ def test_an_arm_or_a_recipe_says_the_precision_of_a_fleet():
     def trained(arm, **fields):
         recipe = Recipe(network="mlp:8", validation=59000, **fields)
         fleet = build_fleet(recipe, [Replica(arm, 0.01, 0)], splits, traced, {})
-        assert fleet.agrees_with_the_module()
+        assert agrees_with_the_module(fleet)
         fleet.advance(3)
         return fleet.state(0)["output.weight"]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 __all__ = ["LIBRARY", "SOURCES", "build", "instruction_sets"]
 
 SOURCES = [
-    Path(__file__).with_name(f"{name}.cpp") for name in ("batch_norm", "convolution", "steps")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("batch_norm", "convolution", "pooling", "steps")
 ]
 LIBRARY = Path(__file__).with_name("_kernels.so")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 from normlab.errors import InputError
 from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
+from normlab.study.inspection import layers_frame, learned_frame
 from normlab.study.ledger import Ledger
 from normlab.study.published import beside
 from normlab.study.verdicts import Metric, Verdict, judge
@@ -180,15 +180,7 @@ class Comparison:
             Columns `arm`, `lr`, `seed`, `weight_decay`, `layer`, `name` (`weight`, which is γ,
             `bias`, β, `running_mean` or `running_var`), `channel` and `value`.
         """
-        import pandas as pd
-
-        columns = [*_REPLICA, "layer", "name", "channel", "value"]
-        rows = (
-            (*(one[key] for key in columns[:-2]), channel, value)
-            for one in self._learned
-            for channel, value in enumerate(json.loads(one["value"]))
-        )
-        return pd.DataFrame(rows, columns=columns)
+        return learned_frame(self._learned)
 
     def layers(self) -> pd.DataFrame:
         """Return the layers of each arm's network, and what its norms learned at what they report.
@@ -198,26 +190,11 @@ class Comparison:
             and for `weight` and `bias` each `_mean`, `_low` and `_high`: the mean, the least and
             the largest over channels and seeds, NaN where there is none.
         """
-        import pandas as pd
-
-        rows = [
-            (arm, one["name"], one["kind"], tuple(json.loads(one["shape"])), one["parameters"])
-            for arm in self.study.arms
-            for one in self._layers
-            if one["arm"] == arm
-        ]
-        frame = pd.DataFrame(rows, columns=["arm", "layer", "kind", "shape", "parameters"])
         learned = self.learned()
         kept = {(arm, *setting) for arm, setting in self.reported.items()}
         keys = zip(learned["arm"], learned["lr"], learned["weight_decay"], strict=True)
-        learned = learned.loc[[key in kept for key in keys]]
-        for name in ("weight", "bias"):
-            values = learned[learned["name"] == name].groupby(["arm", "layer"])["value"]
-            ends = values.agg(["mean", "min", "max"]).set_axis(
-                [f"{name}_mean", f"{name}_low", f"{name}_high"], axis=1
-            )
-            frame = frame.join(ends, on=["arm", "layer"])
-        return frame
+        reported = learned.loc[[key in kept for key in keys]]
+        return layers_frame(self.study.arms, self._layers, reported)
 
     def diverged(self) -> Counter[tuple[str, Setting]]:
         """Return how many replicas of each arm and setting diverged."""

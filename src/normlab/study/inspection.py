@@ -1,18 +1,22 @@
-"""What a study's networks are made of, before any is trained."""
+"""What a study's networks are made of, and what their norms learned, as frames."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from normlab.data import load
 from normlab.study.declaration import Study
-from normlab.training import build
+from normlab.training import Replica, build
 from normlab.training.networks import layers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["layers_of"]
+__all__ = ["layers_frame", "layers_of", "learned_frame"]
+
+_LAYER = ["arm", "layer", "kind", "shape", "parameters"]
 
 
 def layers_of(study: Study) -> pd.DataFrame:
@@ -36,4 +40,44 @@ def layers_of(study: Study) -> pd.DataFrame:
         for arm in study.arms
         for layer in layers(build(study, arm, 0, dataset), dataset.image_shape)
     ]
-    return pd.DataFrame(rows, columns=["arm", "layer", "kind", "shape", "parameters"])
+    return pd.DataFrame(rows, columns=_LAYER)
+
+
+def learned_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a ledger's rows of what norms learned as `Comparison.learned` has them."""
+    import pandas as pd
+
+    columns = [*Replica._fields, "layer", "name"]
+    values = (
+        (*(one[key] for key in columns), channel, value)
+        for one in rows
+        for channel, value in enumerate(json.loads(one["value"]))
+    )
+    return pd.DataFrame(values, columns=[*columns, "channel", "value"])
+
+
+def layers_frame(
+    arms: Sequence[str], rows: Sequence[Mapping[str, Any]], learned: pd.DataFrame
+) -> pd.DataFrame:
+    """Return a ledger's rows of layers as `Comparison.layers` has them.
+
+    Args:
+        arms: In the order of the study.
+        rows: In the order of the pass.
+        learned: Of the replicas that the arms are reported at; as `learned_frame` makes it.
+    """
+    import pandas as pd
+
+    layers = [
+        (arm, one["name"], one["kind"], tuple(json.loads(one["shape"])), one["parameters"])
+        for arm in arms
+        for one in rows
+        if one["arm"] == arm
+    ]
+    frame = pd.DataFrame(layers, columns=_LAYER)
+    for name in ("weight", "bias"):
+        values = learned[learned["name"] == name].groupby(["arm", "layer"])["value"]
+        ends = values.agg(["mean", "min", "max"])
+        ends.columns = [f"{name}_{end}" for end in ("mean", "low", "high")]
+        frame = frame.join(ends, on=["arm", "layer"])
+    return frame

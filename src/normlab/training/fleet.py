@@ -179,36 +179,6 @@ class Fleet:
             best = min(best, time.perf_counter() - started)
         return best / (steps * len(self.replicas))
 
-    def agrees_with_the_module(self, steps: int = 3) -> bool:
-        """Tell whether the pass returns what the module itself does, on some batches in turn."""
-        size = self.recipe.batch_size
-        module = self._make_pass(size, "eager", "float32")
-        if self.precision == "float32":
-            return self._agree(self._pass_for(size), module, steps)
-        # Rounded factors hide a trace that does something else, so that is looked at without.
-        trace, rounded = (
-            self._make_pass(size, "traced", precision) for precision in ("float32", self.precision)
-        )
-        return self._agree(trace, module, steps) and self._agree(
-            self._pass_for(size), rounded, steps, tolerance=1e-2
-        )
-
-    def _agree(
-        self, run: program.Pass, other: program.Pass, steps: int, tolerance: float = 1e-3
-    ) -> bool:
-        size = self.recipe.batch_size
-        mine, its = ([each.clone() for each in self._example(size)[2:]] for _ in range(2))
-        images, labels = self.splits.dataset.images, self.splits.dataset.labels
-        train = self.splits.indices["train"]
-        for step in range(steps):
-            batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
-            mine[-1], its[-1] = batch.expand_as(mine[-1]), batch.expand_as(its[-1])
-            *found, _ = run([images, labels, *mine])  # Hits can hang on roundings.
-            *expected, _ = other([images, labels, *its])
-            if not program.are_close([*found, *mine], [*expected, *its], tolerance):
-                return False
-        return True
-
     # ------------------------------------------------------------------------ steps
 
     def _build(self) -> None:
@@ -217,7 +187,7 @@ class Fleet:
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         if not self._is_stacked and self.engine.code != "native":
             self._parameters = [_channels_last(p) if p.ndim == 5 else p for p in self._parameters]
-        example = self._example(self.recipe.batch_size)
+        example = self.example(self.recipe.batch_size)
         once = program.make(
             copy.deepcopy(self.network), self._width, self.recipe.scaling, example, "eager"
         )
@@ -252,7 +222,7 @@ class Fleet:
     def _width(self) -> int:
         return len(self.replicas) if self.engine.kind == "stacked" else 1
 
-    def _example(self, batch_size: int) -> list[Tensor]:
+    def example(self, batch_size: int) -> list[Tensor]:
         """Return tensors like those that a pass takes."""
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         batch = torch.zeros(batch_size, dtype=torch.int64)
@@ -271,17 +241,18 @@ class Fleet:
         x = gather(self.splits.dataset.images, batch, self.recipe.scaling)
         return program.dropped(self.network, x.to(self._parameters[0].dtype))
 
-    def _pass_for(self, batch_size: int) -> program.Pass:
+    def pass_for(self, batch_size: int) -> program.Pass:
         """Return the pass for batches of a size; only the usual one is worth more than a trace."""
         key = (*self._kind, batch_size)
         if key not in self._passes:
             rare = batch_size != self.recipe.batch_size and self.engine.code != "eager"
             code = "traced" if rare else self.engine.code
-            self._passes[key] = self._make_pass(batch_size, code, self.precision)
+            self._passes[key] = self.make_pass(batch_size, code, self.precision)
         return self._passes[key]
 
-    def _make_pass(self, batch_size: int, code: str, precision: str) -> program.Pass:
-        example = self._example(batch_size)
+    def make_pass(self, batch_size: int, code: str, precision: str) -> program.Pass:
+        """Make a pass for batches of a size; `code` and `precision` as `program.make` has them."""
+        example = self.example(batch_size)
         scaling = self.recipe.scaling
         return program.make(self.network, self._width, scaling, example, code, precision)
 
@@ -356,7 +327,7 @@ class Fleet:
         for step in range(self.step, stop):
             start = step % self.steps_per_epoch * size
             end = min(start + size, total)
-            yield self._pass_for(end - start), start, end
+            yield self.pass_for(end - start), start, end
 
     # ------------------------------------------------------------------- evaluation
 
