@@ -301,6 +301,11 @@ def test_a_kind_that_is_asked_for_is_taken_and_a_finished_replica_is_not_trained
     assert {event.replica for event in rest} == set(replicas[1:])
 
 
+def test_normlabs_kernels_do_not_stand_in_for_torchs_layer():
+    (first, *_) = engine.run_replicas(QUICK, [Replica("torch-batch", 1e-3, 0)], engine="looped")
+    assert first.seconds.keys() == {"looped, traced"}
+
+
 def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(monkeypatch):
     # Adam would make a rounding of a gradient that is nothing as large as any other: hence sgd.
     recipe = QUICK.model_copy(update={"network": "mlp:8", "optimizer": "sgd"})
