@@ -19,17 +19,12 @@ from rich.console import Console
 
 import normlab
 from normlab import report as reports
-from normlab.cli_data import Data
+from normlab.cli_data import Data, Json
 from normlab.errors import FetchError, InputError, NormlabError
 from normlab.study import Study, bundled_studies, find_study, layers_of
 from normlab.training import Recipe
 
 __all__ = ["main"]
-
-_Json = Annotated[
-    tyro.conf.FlagCreatePairsOff[bool],
-    tyro.conf.arg(help="Print one JSON document, and nothing else, on standard output."),
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +68,10 @@ class _Compare:
             help="Tracking URI to log to while training.", metavar="URI", help_behavior_hint=""
         ),
     ] = None
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Train, report and print."""
-        study = find_study(self.study)
-        if self.as_published:
-            study = study.as_published()
         given = {name: getattr(self, name) for name in _OVERRIDES}
         fields = {
             # One value is a value: `--seeds 10` is a number of seeds, `--seeds 3 7` names two.
@@ -92,7 +84,8 @@ class _Compare:
         workers = int(self.workers)
         _print(
             normlab.compare(
-                study,
+                self.study,
+                as_published=self.as_published,
                 out=self.out,
                 workers=workers,
                 engine=self.engine,
@@ -148,7 +141,7 @@ class Report:
     folder: Annotated[
         tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
     ]
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Report and print."""
@@ -195,11 +188,11 @@ class Inspect:
         tyro.conf.Positional[str],
         tyro.conf.arg(help="Folder of a run, a bundled study, or a TOML file.", metavar="WHAT"),
     ]
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Print a table for each arm."""
-        if Path(self.what).is_dir():
+        if Path(self.what).is_dir() or "/" in self.what.removesuffix(".toml"):
             frame = normlab.Comparison(self.what).layers()
         else:
             frame = layers_of(find_study(self.what))
@@ -240,7 +233,7 @@ class Bench:
             help_behavior_hint="(2 for layers, 30 for fleet)",
         ),
     ] = None
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Measure and print."""

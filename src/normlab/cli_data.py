@@ -13,9 +13,9 @@ from normlab import data
 from normlab.errors import InputError, NormlabError
 from normlab.files import replace
 
-__all__ = ["Data"]
+__all__ = ["Data", "Json"]
 
-_Json = Annotated[
+Json = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],
     tyro.conf.arg(help="Print one JSON document, and nothing else, on standard output."),
 ]
@@ -26,7 +26,7 @@ _Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=
 class List:
     """List the published sets, and where those that are here are kept."""
 
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Print a line for each."""
@@ -95,7 +95,7 @@ class Verify:
             metavar="NAME ...", help="Published sets.", help_behavior_hint="(all that are here)"
         ),
     ] = ()
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Print a line for each; fail at the end if one is not here or not as published."""
@@ -138,7 +138,7 @@ class Show:
             help_behavior_hint="",
         ),
     ] = None
-    json: _Json = False
+    json: Json = False
 
     def run(self) -> None:
         """Describe it, and draw."""

@@ -78,6 +78,7 @@ def compare(
     workers: int = 1,
     engine: str = "auto",
     progress: bool = True,
+    as_published: bool = False,
     tensorboard: bool = False,
     mlflow: str | None = None,
     **fields: Any,
@@ -96,6 +97,7 @@ def compare(
         engine: `looped` trains one replica after another, `stacked` several in one operation;
             `auto` times both on each arm's own steps, and remembers.
         progress: Show progress on standard error.
+        as_published: Do as the text that the study is of did: its splits, its one seed.
         tensorboard: Write event files to `tensorboard` in the run's folder, while it trains.
         mlflow: A tracking URI at which MLflow is to keep the run, while it trains.
         **fields: Fields of the study that get another value, such as `seeds=5` or `epochs=2`.
@@ -113,6 +115,8 @@ def compare(
     normlab.errors.InputError: mnist-mlp-adam: unknown key 'epoch' (did you mean epochs?)
     """
     chosen = study if isinstance(study, studies.Study) else studies.find_study(str(study))
+    if as_published:
+        chosen = chosen.as_published()
     declared = chosen.with_fields(fields, chosen.name)
     folder = Path(out) if out is not None else default_folder(declared)
     logs: list[reports.Log] = []

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def call(name: str) -> Any:
             found: Any = importlib.import_module(module_name)
         except Exception as error:
             raise InputError(
-                f"{name}: {module_name} cannot be imported ({type(error).__name__}: {error})"
+                f"{name}: {module_name} cannot be imported ({_told(error)})"
             ) from error
         for part in path.split("."):
             meant = did_you_mean(part, dir(found))
@@ -58,6 +59,11 @@ def call(name: str) -> Any:
         try:
             return found()
         except Exception as error:
-            raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"{name} raised {_told(error)}") from error
     finally:
-        sys.path.remove(folder)
+        with suppress(ValueError):  # What was called may have taken it out.
+            sys.path.remove(folder)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

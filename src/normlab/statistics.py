@@ -20,6 +20,7 @@ __all__ = [
     "holm",
     "mean_interval",
     "paired_t",
+    "prediction_interval",
     "seeds_for_difference",
     "seeds_for_equivalence",
     "seeds_for_sign_test",

@@ -29,24 +29,26 @@ def test_each_figure_has_a_row_in_its_own_unit(compared):
     assert len(values) == 6
     assert accuracy[0] == "97.00%"
     assert accuracy[1].startswith(f"{mean:.2%} ± 0.")
-    assert accuracy[2] == f"{(mean - 0.97) * 100:+.2f} points".replace("-", "−")
-    assert accuracy[4] == "yes"
-    assert (loss[0], loss[4]) == ("9.500", "no")
-    assert loss[2].startswith("−9.")
-    assert absent == ["50.00%", "not measured", "", "", ""]
+    assert accuracy[2] == "6"
+    assert accuracy[3] == f"{(mean - 0.97) * 100:+.2f} points".replace("-", "−")
+    assert accuracy[5] == "yes"
+    assert (loss[0], loss[5]) == ("9.500", "no")
+    assert loss[3].startswith("−9.")
+    assert absent == ["50.00%", "not measured", "", "", "", ""]
     assert difference[0] == "+0.00 points to +50.00 points"
-    assert (difference[2], difference[4]) == ("+0.00 points", "yes")
+    assert (difference[3], difference[5]) == ("+0.00 points", "yes")
 
 
 def test_a_sentence_says_how_many_a_seed_could_have_given(compared):
     comparison = compared(published=FIGURES)
     assert published_sentence(comparison) == (
-        "Of 3 published figures 2 lie where one more seed's would, with a chance of 95% each, if "
-        "it were trained as these were."
+        "2 of 3 published figures lie inside the 95% interval for one more seed trained as here."
     )
     assert published_sentence(comparison) in remarks(comparison)
     alone = compared(published=FIGURES, seeds=1)
     assert published_sentence(alone).endswith("two seeds would tell.")
+    unmeasured = compared(published=FIGURES[2:3])
+    assert published_sentence(unmeasured).startswith("Nothing that the text printed was measured")
     assert not any("published" in one for one in remarks(compared()))
 
 

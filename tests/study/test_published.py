@@ -6,11 +6,13 @@ from scipy import stats
 
 from normlab.errors import InputError
 from normlab.statistics import prediction_interval
-from normlab.study import Comparison, Published, Study, bundled_studies, run
+from normlab.study import Comparison, PublishedFigure, Study, bundled_studies, run
 from normlab.study.published import beside
 
-LOSS = Published(arm="batch", split="batches", metric="loss", epoch=1, steps=5, value=0.3)
-RANGE = Published(arm="batch", against="plain", metric="accuracy", epoch=2, value=0.01, to=0.02)
+LOSS = PublishedFigure(arm="batch", split="batches", metric="loss", epoch=1, steps=5, value=0.3)
+RANGE = PublishedFigure(
+    arm="batch", against="plain", metric="accuracy", epoch=2, value=0.01, to=0.02
+)
 
 
 def test_a_prediction_interval_has_one_more_value_as_often_as_it_says():
@@ -59,10 +61,12 @@ def test_what_was_not_measured_is_said_to_be_so():
 
 
 def test_places_and_figures_are_shown_as_the_text_has_them():
-    assert LOSS.place == "batch, training loss at step 5 of epoch 2, mean over the epoch so far"
+    assert LOSS.place == "batch, loss on the first 5 batches of epoch 2, as trained on"
+    whole = LOSS.model_copy(update={"steps": 0})
+    assert whole.place == "batch, loss on the batches of epoch 1, as trained on"
     assert RANGE.place == "batch against plain, test accuracy after epoch 2"
     assert (LOSS.printed, RANGE.printed) == ("0.300", "+1.00 points to +2.00 points")
-    accuracy = Published(arm="batch", metric="accuracy", epoch=1, value=0.4288)
+    accuracy = PublishedFigure(arm="batch", metric="accuracy", epoch=1, value=0.4288)
     assert accuracy.printed == "42.88%"
 
 
@@ -106,6 +110,18 @@ def test_they_are_for_people_and_change_nothing_that_is_measured():
     assert Study.from_toml(study.to_toml()) == study
 
 
+@pytest.mark.parametrize("name", ["mnist-mlp-sgd", "mnist-mlp-adam"])
+def test_what_was_published_is_not_of_another_network_or_other_data(name):
+    study = bundled_studies()[name]
+    kept = study.with_fields({"seeds": 3, "epochs": 2, "validation": 100, "target_accuracy": 0.9})
+    assert (kept.published, kept.description) == (study.published, study.description)
+    for field in ({"network": "mlp:8"}, {"dataset": "./mine"}, {"batch_size": 7}, {"lr": 0.5}):
+        other = study.with_fields(field)
+        assert (other.published, other.protocol, other.description) == ((), {}, "")
+    told = study.with_fields({"network": "mlp:8", "description": "mine"})
+    assert (told.published, told.description) == ((), "mine")
+
+
 def test_a_study_as_published_has_the_texts_own_fields():
     study = Study(name="mine", published=[LOSS], protocol={"validation": 0, "seeds": 1}, epochs=3)
     text = study.as_published()
@@ -120,7 +136,18 @@ def test_a_study_as_published_has_the_texts_own_fields():
         (lambda: Study().as_published(), "study is of no text: it has no protocol"),
         (lambda: Study.make({"protocol": {"epoch": 1}}), r"unknown key 'epoch' \(did you mean ep"),
         (lambda: Study(protocol={"lr": -1}).as_published(), "study-as-published: lr: input should"),
-        (lambda: Study.make({"published": [{"arm": "batch"}]}), "published: field required"),
+        (
+            lambda: Study.make({"published": [RANGE.model_dump(), {"arm": "batch"}]}),
+            "published figure 2: metric: field required",
+        ),
+        (
+            lambda: Study.make({"published": [{**RANGE.model_dump(), "too": 3}]}),
+            r"published figure 1: unknown key 'too' \(did you mean to\?\)",
+        ),
+        (
+            lambda: Study.make({"published": [{**RANGE.model_dump(), "value": 65.0, "to": None}]}),
+            "published accuracy 65.0: expected a share",
+        ),
         (
             lambda: Study.make({"published": [{**RANGE.model_dump(), "to": 0.0}]}),
             "published from 0.01 to 0.0: the larger one comes last",

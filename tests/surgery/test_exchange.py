@@ -108,6 +108,7 @@ class Unused(nn.Module):
         ([nn.Flatten()], "group:8", "the network has no norm layer that group:8 could take"),
         ([nn.BatchNorm2d(3)], "group:2", "0: group:2 does not divide a layer of 3 channels"),
         ([Active(3)], "group:3", "0: Active may do more than normalize"),
+        ([Active(3)], None, "0: Active may do more than normalize"),
         ([Unused()], "batch", "0.norm: BatchNorm2d is not called"),
         ([nn.LayerNorm(8)], "batch", r"0: LayerNorm normalizes the last axes of \(2, 3, 8, 8\)"),
         ([nn.Flatten(), nn.LayerNorm(192)], "instance", "1: LayerNorm gets one value per channel"),
@@ -128,3 +129,35 @@ def test_a_layer_norm_over_whole_samples_can_be_exchanged():
     exchanged = nn.Sequential(nn.LayerNorm([3, 8, 8]))
     exchange_norms(exchanged, "batch", EXAMPLE)
     assert exchanged[0].weight.shape == (3,)
+
+
+def test_a_model_that_is_refused_is_left_as_it_was():
+    refused = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="2: group:3 does not divide a layer of 4 channels"):
+        exchange_norms(refused, "group:3", EXAMPLE)
+    assert isinstance(refused[0], nn.BatchNorm2d)
+
+
+def test_types_statistics_and_what_is_frozen_are_kept():
+    exchanged = nn.Sequential(nn.BatchNorm2d(3)).double()
+    exchanged[0].running_mean.fill_(5)
+    exchanged[0].weight.requires_grad_(False)
+    exchange_norms(exchanged, "batch", EXAMPLE.double())
+    assert exchanged[0].running_mean.tolist() == [5] * 3
+    assert exchanged[0].running_mean.dtype == exchanged[0].weight.dtype == torch.float64
+    assert not exchanged[0].weight.requires_grad
+    assert exchanged[0].bias.requires_grad
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(input=x)
+
+
+def test_a_norm_that_is_called_by_keyword_is_seen():
+    exchanged = Named()
+    assert exchange_norms(exchanged, "group:3", EXAMPLE) == ["norm"]

@@ -1,5 +1,7 @@
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from normlab.data import load
 from normlab.errors import InputError
 from normlab.layers import Dropout
 from normlab.training import Recipe, build
+from normlab.training.networks import check_alike, digest
 
 MODULE = """
 import torch
@@ -47,6 +50,52 @@ class Random(nn.Module):
 class Pair(Random):
     def forward(self, x):
         return self.linear(x.flatten(1)), 1
+
+
+class Assigns(Random):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        return self.linear(x.flatten(1)) - self.mean * (not self.training)
+
+
+class Keeps(Random):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(())
+
+    def forward(self, x):
+        if self.training:
+            self.mean = x.mean()
+        return self.linear(x.flatten(1)) - self.mean * (not self.training)
+
+
+class Draws(Random):
+    def __init__(self):
+        super().__init__()
+        self.factor = float(torch.rand(()))
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * self.factor
+
+
+def others():
+    import random
+
+    import numpy as np
+
+    network = bare()
+    with torch.no_grad():
+        network[1].bias.fill_(random.random() + np.random.rand())
+    return network
+
+
+def frozen():
+    return bare().requires_grad_(False)
 
 
 def wide():
@@ -104,12 +153,36 @@ def test_a_network_without_norms_can_be_plain():
         ("wide", "plain", r"called with images of shape \(2, 1, 28, 28\) it raised RuntimeError"),
         ("Random", "plain", "called twice it returned different outputs"),
         ("Pair", "plain", "it returned a tuple: expected a tensor of logits"),
+        ("Assigns", "plain", "it assigns a new tensor to its buffer 'mean'"),
+        ("Keeps", "plain", "it keeps something from call to call that is neither"),
+        ("frozen", "plain", "it has no parameter that requires a gradient"),
         ("text", "plain", "expected a torch.nn.Module, got str"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(name, arm, message):
     with pytest.raises(InputError, match=message):
         make(name, arm)
+
+
+def test_every_global_generator_belongs_to_the_seed_and_is_left_alone():
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    first, again, other = (
+        make("others", "plain"),
+        make("others", "plain"),
+        make("others", "plain", 1),
+    )
+    assert first[1].bias.equal(again[1].bias)
+    assert not first[1].bias.equal(other[1].bias)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+def test_networks_that_differ_in_what_a_fleet_cannot_hold_are_refused():
+    recipe = Recipe(network="own_networks:Draws")
+    networks = [make("Draws", "plain", seed) for seed in range(2)]
+    with pytest.raises(InputError, match="its networks differ from seed to seed in something"):
+        check_alike(recipe, networks, load("mnist"))
+    check_alike(recipe, networks[:1] * 2, load("mnist"))
+    assert all(each.training for each in networks)
 
 
 def test_options_of_normlabs_own_networks_are_refused():
@@ -130,3 +203,23 @@ def test_a_study_of_ones_own_network_is_run_and_shown(tmp_path, workers):
     assert set(frame["arm"]) == {"plain", "batch", "batch+dropout:0.5"}
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "own_networks:small" in text
+
+
+def test_a_digest_is_of_layers_and_values_of_any_type():
+    first = digest(make("small"))
+    assert digest(make("small")) == first
+    assert digest(make("small", seed=1)) != first
+    assert digest(make("small", "group:2")) != first
+    half = make("small").bfloat16()
+    assert digest(half) == digest(half) != first
+
+
+def test_a_study_of_another_network_is_refused_whichever_arm_shows_it(tmp_path):
+    fields = {"epochs": 1, "seeds": 1, "batch_size": 500, "validation": 55_000}
+    study = normlab.Study(network="own_networks:small", arms=["plain", "batch"], **fields)
+    normlab.compare(study, out=tmp_path / "run", progress=False)
+    module = tmp_path / "own_networks.py"
+    module.write_text(MODULE.replace("nn.BatchNorm1d(16)", "nn.BatchNorm1d(16, eps=10.0)"))
+    sys.modules.pop("own_networks")
+    with pytest.raises(InputError, match="was begun with another network: the SHA-256 of own_net"):
+        normlab.compare(study, out=tmp_path / "run", progress=False)

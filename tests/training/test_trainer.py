@@ -146,7 +146,7 @@ def test_a_recorded_pass_that_does_something_else_is_not_taken(mnist, monkeypatc
     x, y = mnist.images[:8], mnist.labels[:8]
     expected = F.cross_entropy(mine(scale(x, "0..1")), y).item()
     assert Trainer(mine).step(x, y) == pytest.approx(expected, rel=1e-6)
-    assert made == ["eager", "native", "traced"]
+    assert made == ["eager", "native", "traced", "eager"]
 
 
 def test_dropout_of_torch_draws_from_the_seed_and_not_from_the_global_generator(mnist):
@@ -166,8 +166,11 @@ def test_bad_input_is_one_line(mnist):
     trainer = Trainer(network())
     for call, message in [
         (lambda: normlab.Trainer("mlp"), "expected a torch.nn.Module, got str"),
-        (lambda: Trainer(nn.Flatten()), "the network has no parameters"),
-        (lambda: Trainer(network(), lr=0), "lr=0, weight_decay=0.0: expected a rate above 0"),
+        (lambda: Trainer(nn.Flatten()), "the network has no parameter that"),
+        (
+            lambda: Trainer(network(), lr=0),
+            "lr=0, weight_decay=0.0: expected finite numbers, a rate above 0",
+        ),
         (lambda: Trainer(network(), optimizer="adan"), "unknown optimizer 'adan'"),
         (lambda: Trainer(network(), momentum=0.9), "momentum=0.9 belongs to sgd"),
         (lambda: trainer.step(x, y[:3]), r"x of shape \(4, 1, 28, 28\) and y of shape \(3,\)"),
@@ -182,3 +185,95 @@ def test_bad_input_is_one_line(mnist):
     trainer.step(x, y)  # Known by now, and still checked.
     with pytest.raises(InputError, match="labels reach from"):
         trainer.step(x, y + 10)
+
+
+def test_what_requires_no_gradient_stays_as_it_is(mnist):
+    mine = network()
+    mine.hidden0.requires_grad_(False)
+    before = {name: each.clone() for name, each in mine.named_parameters()}
+    trainer = Trainer(mine, weight_decay=0.1)
+    for x, y in batches(mnist, 2):
+        trainer.step(x, y)
+    for name, each in mine.named_parameters():
+        assert each.equal(before[name]) == name.startswith("hidden0"), name
+
+
+class Expanded(nn.Module):
+    """The gradient of its scale is one number, seen many times."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 10, 5)
+        self.scale = nn.Parameter(torch.full((7,), 0.1))
+        self.last = last
+
+    def forward(self, x):
+        if self.last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.conv(x).mean((2, 3)) * self.scale.sum()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_that_lie_otherwise_than_their_parameters_move_them_rightly(mnist, last):
+    torch.manual_seed(0)
+    mine = Expanded(last)
+    theirs = copy.deepcopy(mine)
+    trainer, reference = Trainer(mine), torch.optim.Adam(theirs.parameters(), 0.01)
+    for x, y in batches(mnist, 3):
+        loss = F.cross_entropy(theirs(scale(x, "0..1")), y)
+        reference.zero_grad()
+        loss.backward()
+        reference.step()
+        assert trainer.step(x, y) == pytest.approx(loss.item(), rel=1e-5)
+    for ours, its in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_that_got_other_memory_is_refused(mnist):
+    mine = network()
+    trainer = Trainer(mine)
+    (x, y), *_ = batches(mnist, 1)
+    trainer.step(x, y)
+    mine.load_state_dict(copy.deepcopy(mine.state_dict()), assign=True)
+    with pytest.raises(InputError, match="other parameters or buffers than when the Trainer was"):
+        trainer.step(x, y)
+
+
+class Twice(nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.linear, self.drop, self.times = nn.Linear(784, 10), nn.Dropout(0.5), times
+
+    def forward(self, x):
+        x = self.linear(x.flatten(1))
+        for _ in range(self.times):
+            x = self.drop(x)
+        return x
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_dropout_layer_has_one_place(mnist, times):
+    (x, y), *_ = batches(mnist, 1)
+    with pytest.raises(InputError, match=f"layer 'drop' is called {times} times in a pass"):
+        Trainer(Twice(times)).step(x, y)
+
+
+def test_what_a_network_cannot_take_or_returns_is_one_line(mnist):
+    (x, y), *_ = batches(mnist, 1)
+    trainer = Trainer(network())
+    for call, message in [
+        (lambda: trainer.step(x[:, :, :5], y), r"x of shape \(32, 1, 5, 28\) the network raised"),
+        (lambda: trainer.step(x[:1], y[:1]), "the network raised ValueError: Expected more than 1"),
+        (lambda: trainer.step(x.numpy(), y), "expected two tensors with samples, got ndarray"),
+        (lambda: trainer.evaluate(x[:, :, :5], y), "the network raised RuntimeError"),
+        (lambda: trainer.evaluate(x, y + 10), "labels reach from 10"),
+        (lambda: Trainer(network(), lr=float("inf")), "expected finite numbers"),
+        (lambda: Trainer(network(), optimizer="sgd", momentum=1.5), "momentum=1.5: Input should"),
+        (lambda: Trainer(nn.Flatten(2)), "no parameter that requires a gradient"),
+        (
+            lambda: Trainer(nn.Sequential(nn.Linear(28, 10))).step(x, y),
+            r"made an output of shape \(32, 1, 28, 10\): expected \(32, classes\)",
+        ),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()

@@ -125,9 +125,10 @@ def _read_npz(path: Path) -> list[Any]:
     except InputError:
         raise
     except UNREADABLE as error:
-        raise InputError(
-            f"{path}: cannot be read as a NumPy archive of numbers ({error})"
-        ) from None
+        told = str(error)
+        if "pickle" in told:  # NumPy's own words advise to load them.
+            told = "it is none, or holds pickled objects, which are never loaded"
+        raise InputError(f"{path}: cannot be read as a NumPy archive of numbers ({told})") from None
 
 
 def _call(name: str) -> list[Any]:

@@ -17,7 +17,7 @@ namespace {
 
 using std::int64_t;
 
-// In the order of `OPERATIONS` in training/steps.py; training/lowering.py says what each reads and
+// In the order of `OPERATIONS` in training/steps.py; training/lowering says what each reads and
 // writes.
 enum class Operation : int64_t {
   kGather, kLabels, kProduct, kColumnSums,

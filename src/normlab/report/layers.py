@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["LayersTable", "layers_html"]
 
 _HEADINGS = ("layer", "kind", "output", "parameters")
-_LEARNED = ("γ: mean (least to largest)", "β: mean (least to largest)")
+_LEARNED = ("γ", "β")
 
 
 def layers_html(frame: pd.DataFrame) -> str:
@@ -49,11 +50,11 @@ class LayersTable:
         for arm, rows in _arms(self._frame):
             learned = any(cell for row in rows for cell in row[4:])
             headings = (*_HEADINGS, *(_LEARNED if learned else ()))
-            table = Table(title=arm, title_justify="left", box=None, pad_edge=False)
+            table = Table(title=Text(arm), title_justify="left", box=None, pad_edge=False)
             for i, heading in enumerate(headings):
-                table.add_column(heading, justify="right" if i == 3 else "left", overflow="fold")
+                table.add_column(heading, justify="right" if i == 3 else "left", no_wrap=True)
             for row in rows:
-                table.add_row(*row[: len(headings)])
+                table.add_row(*map(Text, row[: len(headings)]))
             yield table
 
 

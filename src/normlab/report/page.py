@@ -124,8 +124,9 @@ def _layers(comparison: Comparison) -> str:
         return ""
     return (
         f'<h2>The networks, layer by layer</h2><div class="wide">{layers_html(frame)}</div>'
-        "<p>Output is what a layer makes of one sample. γ and β are what the norms learned, over "
-        "channels and seeds.</p>"
+        "<p>Output is what a layer makes of one sample. γ and β are what the norms learned: the "
+        "mean over channels and seeds (the least to the largest), without replicas that diverged."
+        "</p>"
     )
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from normlab.study import Comparison, Published
+from normlab.study import Comparison, PublishedFigure
 
 __all__ = ["published_sentence", "published_table"]
 
 
 def published_sentence(comparison: Comparison) -> str:
     """Return how many of the published figures one more seed could have given."""
-    told = [one["within"] for one in comparison.published if one["within"] is not None]
+    figures = comparison.published
+    measured = [one for one in figures if one["n"]]
+    told = [one["within"] for one in measured if one["within"] is not None]
+    if not measured:
+        return "Nothing that the text printed was measured here."
     if not told:
-        return "Whether a published figure is one that a seed could give, two seeds would tell."
+        return "Whether a seed could give what the text printed, two seeds would tell."
     confidence = f"{comparison.study.confidence * 100:g}%"
     return (
-        f"Of {len(told)} published figures {sum(told)} lie where one more seed's would, with a "
-        f"chance of {confidence} each, if it were trained as these were."
+        f"{sum(told)} of {len(told)} published figures lie inside the {confidence} interval for "
+        "one more seed trained as here."
     )
 
 
@@ -42,9 +46,9 @@ def published_table(comparison: Comparison) -> str:
     return "\n".join([*lines, "</tbody></table>"])
 
 
-def _cells(figure: Published, row: dict[str, Any]) -> list[str]:
+def _cells(figure: PublishedFigure, row: dict[str, Any]) -> list[str]:
     if row["mean"] is None:
-        return [figure.printed, "not measured", "", "", ""]
+        return [figure.printed, "not measured", "", "", "", ""]
     spread = "" if row["sd"] is None else f" ± {figure.show(row['sd']).lstrip('+')}"
     difference = f"{row['difference']:+.3f}"
     if figure.metric == "accuracy":
@@ -53,5 +57,6 @@ def _cells(figure: Published, row: dict[str, Any]) -> list[str]:
     if row["within"] is not None:
         interval = f"{figure.show(row['low'])} to {figure.show(row['high'])}"
         within = "yes" if row["within"] else "no"
-    cells = [figure.printed, figure.show(row["mean"]) + spread, difference, interval, within]
+    mean, seeds = figure.show(row["mean"]) + spread, str(row["n"])
+    cells = [figure.printed, mean, seeds, difference, interval, within]
     return [cell.replace("-", "−") for cell in cells]

@@ -3,14 +3,14 @@
 from normlab.study.comparison import Comparison
 from normlab.study.declaration import Study, bundled_studies, find_study
 from normlab.study.inspection import layers_of
-from normlab.study.published import Published
+from normlab.study.published import PublishedFigure
 from normlab.study.run import Watcher, run
 from normlab.study.verdicts import Metric, Verdict, judge
 
 __all__ = [
     "Comparison",
     "Metric",
-    "Published",
+    "PublishedFigure",
     "Study",
     "Verdict",
     "Watcher",

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.networks import parse_arm
-from normlab.study.published import Published
+from normlab.study.published import PublishedFigure
 from normlab.training import Recipe, Replica, Setting, build
 
 if sys.version_info >= (3, 11):
@@ -30,6 +30,11 @@ __all__ = ["FOR_PEOPLE", "Study", "bundled_studies", "find_study"]
 _MOST_SEEDS = 10_000
 FOR_PEOPLE = ("name", "description", "published", "protocol")
 """Fields that make no difference to what is measured."""
+_OF_THE_TEXT = (
+    *("dataset", "scaling", "network", "activation", "init", "optimizer", "lr", "momentum"),
+    *("weight_decay", "batch_size", "precision"),
+)
+"""Fields with which a study is another than that which its text is about."""
 
 
 def _seeds(value: object) -> object:
@@ -104,7 +109,7 @@ class Study(Recipe):
         0.95, gt=0.5, lt=1, description="Of the intervals; the tests' level is the rest."
     )
 
-    published: tuple[Published, ...] = Field(
+    published: tuple[PublishedFigure, ...] = Field(
         (), description="What the text that the study is of printed."
     )
     protocol: dict[str, Any] = Field(
@@ -205,7 +210,9 @@ class Study(Recipe):
         if not self.protocol:
             raise InputError(f"{self.name} is of no text: it has no protocol")
         name = f"{self.name}-as-published"
-        return self.with_fields({**self.protocol, "name": name, "protocol": {}}, name)
+        return Study.make(
+            {**self.model_dump(), **self.protocol, "name": name, "protocol": {}}, name
+        )
 
     @classmethod
     def from_toml(cls, text: str, source: str = "study") -> Study:
@@ -235,10 +242,17 @@ class Study(Recipe):
     def with_fields(self, fields: Mapping[str, Any], source: str = "study") -> Study:
         """Return a study in which some fields have other values.
 
+        With another network, other data or another way of training it is no longer the one that it
+        was described as, and what a text printed is not of it.
+
         Raises:
             InputError: As `make`.
         """
-        return Study.make({**self.model_dump(), **fields}, source)
+        changed = Study.make({**self.model_dump(), **fields}, source)
+        if any(getattr(changed, name) != getattr(self, name) for name in _OF_THE_TEXT):
+            rest = {"published": (), "protocol": {}, "description": ""}
+            return changed.model_copy(update={k: v for k, v in rest.items() if k not in fields})
+        return changed
 
     def check_against(self, splits: Splits) -> None:
         """Refuse what only the data can show to be impossible.
@@ -300,10 +314,14 @@ def find_study(name: str) -> Study:
 def _explain(error: ValidationError) -> str:
     """Turn pydantic's first complaint into one line."""
     first = error.errors()[0]
-    field = str(first["loc"][0]) if first["loc"] else ""
+    field, where, known = str((first["loc"] or ("",))[0]), "", Study.model_fields
+    if field == "published" and len(first["loc"]) > 1:
+        _, figure, *keys = first["loc"]
+        where, known = f"published figure {int(figure) + 1}: ", PublishedFigure.model_fields
+        field = str(keys[0]) if keys else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {field!r}{did_you_mean(field, Study.model_fields)}"
+        return f"{where}unknown key {field!r}{did_you_mean(field, known)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] != "value_error":
         message = message[:1].lower() + message[1:] + f", got {first['input']!r}"
-    return f"{field}: {message}" if field and field not in message else message
+    return where + (f"{field}: {message}" if field and field not in message else message)

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from normlab.errors import InputError
 from normlab.statistics import prediction_interval
 
-__all__ = ["Published", "beside"]
+__all__ = ["PublishedFigure", "beside"]
 
 
-class Published(BaseModel):
+class PublishedFigure(BaseModel):
     """A figure that a text printed, and where a run measures the same.
 
-    >>> Published(arm="batch", metric="accuracy", epoch=10, value=0.97).place
+    >>> PublishedFigure(arm="batch", metric="accuracy", epoch=10, value=0.97).place
     'batch, test accuracy after epoch 10'
     """
 
@@ -38,7 +38,9 @@ class Published(BaseModel):
     to: float | None = Field(None, description="The end of the range, if one was printed.")
 
     @model_validator(mode="after")
-    def _is_a_range(self) -> Published:
+    def _is_a_range(self) -> PublishedFigure:
+        if self.metric == "accuracy" and not -1 <= self.value <= 1:
+            raise InputError(f"published accuracy {self.value}: expected a share, as in 0.97")
         if self.to is not None and self.to < self.value:
             raise InputError(f"published from {self.value} to {self.to}: the larger one comes last")
         return self
@@ -47,12 +49,14 @@ class Published(BaseModel):
     def place(self) -> str:
         """Where it is from, for people."""
         arms = f"{self.arm} against {self.against}" if self.against else self.arm
-        what = {"batches": "training", "train": "train"}.get(self.split, self.split)
-        so_far = ", mean over the epoch so far" if self.split == "batches" else ""
-        when = f"after epoch {self.epoch}" if self.epoch else ""
+        if self.split == "batches":
+            which = f"the first {self.steps} batches" if self.steps else "the batches"
+            epoch = self.epoch + (self.steps > 0)
+            return f"{arms}, {self.metric} on {which} of epoch {epoch}, as trained on"
+        when = f"after epoch {self.epoch}"
         if self.steps:
             when = f"at step {self.steps} of epoch {self.epoch + 1}"
-        return f"{arms}, {what} {self.metric} {when}{so_far}"
+        return f"{arms}, {self.split} {self.metric} {when}"
 
     @property
     def printed(self) -> str:
@@ -63,12 +67,12 @@ class Published(BaseModel):
     def show(self, value: float) -> str:
         """Return a value as this figure is shown."""
         if self.metric == "loss":
-            return f"{value:.3f}"
+            return f"{value:+.3f}" if self.against else f"{value:.3f}"
         return f"{value * 100:+.2f} points" if self.against else f"{value * 100:.2f}%"
 
 
 def beside(
-    figures: tuple[Published, ...],
+    figures: tuple[PublishedFigure, ...],
     measured: Mapping[tuple[str, str, str, int, int], Mapping[int, float]],
     confidence: float,
 ) -> list[dict[str, Any]]:
@@ -107,7 +111,7 @@ def beside(
 
 
 def _values(
-    figure: Published, measured: Mapping[tuple[str, str, str, int, int], Mapping[int, float]]
+    figure: PublishedFigure, measured: Mapping[tuple[str, str, str, int, int], Mapping[int, float]]
 ) -> NDArray[np.float64]:
     where = (figure.split, figure.metric, figure.epoch, figure.steps)
     ours = measured.get((figure.arm, *where), {})

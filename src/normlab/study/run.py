@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import closing
 from pathlib import Path
@@ -59,7 +60,11 @@ def run(
     study.check_against(split(dataset, study.validation))
     own = {} if dataset.digest is None else {"dataset": dataset.digest}
     if is_function(study.network):
-        own["network"] = digest(build(study, study.arms[0], 0, dataset))
+        digests = (digest(build(study, arm, 0, dataset)) for arm in study.arms)
+        own["network"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    networks = {
+        arm: layers(build(study, arm, 0, dataset), dataset.image_shape) for arm in study.arms
+    }
     with Ledger.write(folder, study, own) as ledger:
         finished = frozenset(ledger.finished())
         missing = len(study.replicas) - len(finished)
@@ -68,8 +73,8 @@ def run(
         if not missing:
             return
         ledger.begin_session(min(workers, missing))
-        for arm in study.arms:
-            ledger.describe(arm, layers(build(study, arm, 0, dataset), dataset.image_shape))
+        for arm, found in networks.items():
+            ledger.describe(arm, found)
         started = time.perf_counter()
         events = run_replicas(
             study,

@@ -21,9 +21,10 @@ _CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 def exchange_norms(model: nn.Module, norm: str | None, example: Tensor) -> list[str]:
     """Put other norm layers in the place of a model's, in place.
 
-    A new layer has the weight and bias of the old one where it has some of their shape, and a batch
-    norm in the place of a batch norm its options too. Layers that the model has elsewhere keep what
-    they have: a convolution that was built without a bias, because a norm followed it, stays so.
+    A new layer has the weight, bias and running statistics of the old one where it has some of
+    their shape, and its type and device; a batch norm in the place of a batch norm has its options
+    too. No hooks are carried over. Layers that the model has elsewhere keep what they have: a
+    convolution that was built without a bias, because a norm followed it, stays so.
 
     Args:
         model: Its norm layers must be called as modules.
@@ -51,11 +52,16 @@ def exchange_norms(model: nn.Module, norm: str | None, example: Tensor) -> list[
         raise InputError("the network is a norm layer itself: there is nothing to exchange it in")
     with _inputs(model, found) as shapes:
         model(example)
+    news = {}  # All of them before the first is put in, so that a model is not left between two.
     for name, layer in found.items():
-        new = nn.Identity() if construct is None else _equivalent(name, layer, construct, shapes)
-        new.train(layer.training)
+        _check_class(name, layer)
+        news[name] = (
+            nn.Identity() if construct is None else _equivalent(name, layer, construct, shapes)
+        )
+    for name, layer in found.items():
+        news[name].train(layer.training)
         for parent, child in _places(model, layer):
-            setattr(parent, child, new)
+            setattr(parent, child, news[name])
     return list(found)
 
 
@@ -65,9 +71,15 @@ def _inputs(model: nn.Module, found: dict[str, Any]) -> Iterator[dict[str, list[
     shapes: dict[str, list[torch.Size]] = {name: [] for name in found}
 
     def note(name: str) -> Any:
-        return lambda _, inputs: shapes[name].append(inputs[0].shape)
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            shapes[name].append([*inputs, *named.values()][0].shape)
 
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in found.items()]
+        return see
+
+    hooks = [
+        layer.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, layer in found.items()
+    ]
     modes = {each: each.training for each in model.modules()}
     model.eval()
     try:
@@ -80,15 +92,19 @@ def _inputs(model: nn.Module, found: dict[str, Any]) -> Iterator[dict[str, list[
             module.training = mode
 
 
+def _check_class(name: str, layer: nn.Module) -> None:
+    own = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+    if own.__module__.partition(".")[0] not in ("torch", "normlab"):
+        raise InputError(
+            f"{name}: {type(layer).__name__} may do more than normalize, and so nothing else can "
+            "take its place"
+        )
+
+
 def _equivalent(
     name: str, layer: Any, construct: NormConstructor, shapes: dict[str, list[torch.Size]]
 ) -> nn.Module:
     kind = type(layer).__name__
-    own = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
-    if own.__module__.partition(".")[0] not in ("torch", "normlab"):
-        raise InputError(
-            f"{name}: {kind} may do more than normalize, and so nothing else can take its place"
-        )
     if not shapes[name]:
         raise InputError(f"{name}: {kind} is not called when the network is")
     for shape in shapes[name]:
@@ -113,11 +129,16 @@ def _equivalent(
     if isinstance(new, _BatchNorm) and isinstance(layer, _BatchNorm):
         options = (layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         new = type(new)(channels, *options)
+    for each in (*layer.parameters(), *layer.buffers()):
+        if each.is_floating_point():
+            new.to(each.device, each.dtype)
+            break
     with torch.no_grad():
-        for each in ("weight", "bias"):
-            ours, its = getattr(new, each, None), getattr(layer, each, None)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            ours, its = getattr(new, name, None), getattr(layer, name, None)
             if ours is not None and its is not None and ours.shape == its.shape:
                 ours.copy_(its)
+                ours.requires_grad_(its.requires_grad)
     return new
 
 

@@ -86,8 +86,8 @@ def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
 
 def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
     if "outcome" in event:
-        replica, status, step, seconds = event["outcome"]
-        return Outcome(Replica(*replica), status, step, seconds)
+        replica, *rest = event["outcome"]
+        return Outcome(Replica(*replica), *rest)
     replica, step, epoch = event["measurement"]
     values = {(split, metric): value for split, metric, value in event["values"]}
     return Measurement(Replica(*replica), step, epoch, values)

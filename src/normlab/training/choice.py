@@ -16,6 +16,7 @@ import torch
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.files import cache_folder, replace
+from normlab.imports import is_function
 from normlab.kernels import BUILT
 from normlab.networks import parse_arm
 from normlab.training.agreement import agrees_with_the_module
@@ -78,7 +79,9 @@ def choose(
     memory = cache_folder() / "engines" / f"{_digest(recipe, splits, arm, kind, fleet)}.json"
     try:
         recalled = json.loads(memory.read_text("utf-8"))
-        return Choice(arm, Engine(*recalled["engine"]), recalled["seconds"])
+        choice = Choice(arm, Engine(*recalled["engine"]), recalled["seconds"])
+        if not is_function(recipe.network) or _still_agrees(choice.engine, arm, build):
+            return choice
     except (OSError, ValueError, KeyError, TypeError):
         pass  # Nothing there, or nothing that can be read: it is timed anew.
     seconds: dict[Engine, float] = {}
@@ -122,6 +125,21 @@ def choose(
     return choice
 
 
+def _still_agrees(
+    engine: Engine, arm: str, build: Callable[[Sequence[Replica], Engine], Fleet]
+) -> bool:
+    """Tell whether a user's network, whose code may be another by now, can still be trained so."""
+    if engine.code == "eager":
+        return True
+    width = STACK if engine.kind == "stacked" else 1
+    try:
+        return agrees_with_the_module(build([Replica(arm, 1e-3, s) for s in range(width)], engine))
+    except InputError:
+        raise
+    except Exception:  # As where it is timed.
+        return False
+
+
 def check_engine(name: str) -> None:
     """Refuse a name that is no engine's.
 
@@ -137,7 +155,7 @@ def check_engine(name: str) -> None:
 def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> str:
     facts: list[Any] = [
         *(recipe.model_dump(mode="json", include=set(Recipe.model_fields)).items()),
-        tuple(splits.dataset.images.shape),
+        (tuple(splits.dataset.images.shape), splits.dataset.digest),
         (arm, kind, fleet),
         (version("normlab"), BUILT, OPERATIONS),
         (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),

@@ -17,11 +17,12 @@ import torch
 from normlab.data import Splits, load, split
 from normlab.data.datasets import Dataset
 from normlab.errors import NormlabError
+from normlab.imports import is_function
 from normlab.networks import parse_arm
 from normlab.processes import SharedTensor, Workers
 from normlab.training.choice import STACK, Choice, choose
 from normlab.training.fleet import Engine, Fleet
-from normlab.training.networks import build
+from normlab.training.networks import build, check_alike
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 
 __all__ = ["Event", "build_fleet", "run_replicas"]
@@ -137,6 +138,8 @@ def build_fleet(
 ) -> Fleet:
     """Return a fleet of a recipe's own network; arguments as for `Fleet`."""
     networks = [build(recipe, replica.arm, replica.seed, splits.dataset) for replica in replicas]
+    if is_function(recipe.network):
+        check_alike(recipe, networks, splits.dataset)
     precision = parse_arm(replicas[0].arm).precision
     return Fleet(networks, replicas, recipe, splits, engine, passes, precision)
 

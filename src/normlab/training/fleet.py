@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import accumulate, groupby, islice
+from operator import itemgetter, mul
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from normlab.layers import NORM_LAYERS, draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
+from normlab.training.networks import own_dropouts
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 from normlab.training.steps import Steps
 
@@ -85,11 +86,12 @@ class Fleet:
         self.step, self.seconds = 0, 0.0
         self.events: list[Measurement | Outcome] = []
         self.network = networks[0]
-        self._names = [name for name, _ in self.network.named_parameters()]
-        self._buffer_names = [name for name, _ in self.network.named_buffers()]
-        named = [(dict(each.named_parameters()), dict(each.named_buffers())) for each in networks]
-        self._parameters = [torch.stack([p[n].detach() for p, _ in named]) for n in self._names]
-        self._buffers = [torch.stack([b[n] for _, b in named]) for n in self._buffer_names]
+        self._names, self._buffer_names = program.state_names(self.network)
+        named = [dict([*each.named_parameters(), *each.named_buffers()]) for each in networks]
+        self._parameters, self._buffers = (
+            [torch.stack([state[name].detach() for state in named]) for name in names]
+            for names in (self._names, self._buffer_names)
+        )
         self._orders = [stream(each.seed, "order") for each in replicas]
         self._dropouts = []
         for network, replica in zip(networks, replicas, strict=True):
@@ -188,15 +190,15 @@ class Fleet:
         if not self._is_stacked and self.engine.code != "native":
             self._parameters = [_channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self.example(self.recipe.batch_size)
-        once = program.make(
-            copy.deepcopy(self.network), self._width, self.recipe.scaling, example, "eager"
+        strides = program.gradient_strides(
+            copy.deepcopy(self.network),
+            self._width,
+            self.recipe.scaling,
+            [each.clone() for each in example],
         )
-        _, *gradients, _ = once([each.clone() for each in example])
         self._parameters = [
-            p
-            if g.ndim == 4 and not self._is_stacked
-            else _laid_out(p, g.stride()[self._is_stacked :])
-            for p, g in zip(self._parameters, gradients, strict=True)
+            p if p.ndim == 5 and not self._is_stacked else _laid_out(p, of[self._is_stacked :])
+            for p, of in zip(self._parameters, strides, strict=True)
         ]
         self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
         self._optimizer = optimizers.make(
@@ -420,12 +422,15 @@ def train(
     """Train one network in place, yielding each measurement as it is made and the outcome.
 
     Args:
-        network: With its first values; it has its last ones when the iterator ends.
+        network: With its first values; it has its last ones when the iterator ends. Its
+            `torch.nn.Dropout` layers draw from the seed's stream. One that does something else from
+            step to step needs the engine `eager`.
         replica: Setting and seed.
         recipe: All the rest.
         splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
         engine: How the steps are done.
     """
+    own_dropouts(network)
     fleet = Fleet([network], [replica], recipe, splits, engine)
     yield from fleet.train()
     trained = fleet.state(0)
@@ -436,8 +441,11 @@ def train(
 
 
 def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
-    """Return a stacked parameter whose replicas have the given strides."""
+    """Return a stacked parameter whose replicas have the given strides, if these leave no gap."""
     outer = parameter[0].numel()
+    sizes = sorted(each for each in zip(strides, parameter.shape[1:], strict=True) if each[1] > 1)
+    if [stride for stride, _ in sizes] != [1, *accumulate((n for _, n in sizes), mul)][:-1]:
+        return parameter
     return torch.empty_strided(parameter.shape, (outer, *strides), dtype=parameter.dtype).copy_(
         parameter
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from normlab.data.datasets import Dataset
 from normlab.errors import InputError
@@ -19,7 +23,7 @@ from normlab.streams import stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
 
-__all__ = ["Layer", "build", "digest", "layers", "own_dropouts"]
+__all__ = ["Layer", "build", "check_alike", "digest", "layers", "own_dropouts"]
 
 
 class Layer(NamedTuple):
@@ -60,17 +64,18 @@ def layers(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]
         if not list(module.children()):
             module.register_forward_hook(watch(name))
     with torch.no_grad():
-        network(torch.zeros(1, *image_shape))
+        network(torch.zeros(2, *image_shape))
     return list(found.values())
 
 
 def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
     """Return a replica's network with its first values.
 
-    A user's constructor is called without arguments, with torch's global generator set to the
-    seed's own stream, and left as it was afterwards; so all arms of a seed start from the same
-    values. Then its norm layers are exchanged for the arm's. Dropout layers stay, with the arm's
-    probability if it names one, and draw from the seed's stream.
+    A user's constructor is called without arguments, with the global generators (torch's on the
+    CPU, NumPy's, Python's) set to the seed's own stream, and left as they were afterwards; so all
+    arms of a seed start from the same values. Then its norm layers are exchanged for the arm's.
+    Dropout layers stay, with the arm's probability if it names one, and draw from the seed's
+    stream.
 
     Args:
         recipe: Names the network.
@@ -91,21 +96,63 @@ def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
             activation=recipe.activation,
             init=recipe.init,
         )
-    example = torch.rand(2, *dataset.image_shape, generator=stream(0, "example"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(seed, "init").initial_seed())
-        network = call(recipe.network)
-        if not isinstance(network, nn.Module):
-            raise InputError(
-                f"{recipe.network}: expected a torch.nn.Module, got {type(network).__name__}"
-            )
-        try:
-            _check_output(network, example, dataset.classes)
-            _become(network, parse_arm(arm), example)
-            _check_that_it_repeats(network, example)
-        except InputError as error:
-            raise InputError(f"{recipe.network}, arm {arm!r}: {error}") from None
+    example = _example(dataset)
+    with _seeded(stream(seed, "init").initial_seed()):
+        # A copy, in case that the function returns the same network every time.
+        network = copy.deepcopy(call(recipe.network))
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"{recipe.network}: expected a torch.nn.Module, got {type(network).__name__}"
+        )
+    try:
+        if not any(each.requires_grad for each in network.parameters()):
+            raise InputError("it has no parameter that requires a gradient")
+        _check_output(network, example, dataset.classes)
+        _become(network, parse_arm(arm), example)
+        _check_that_it_repeats(network, example)
+        _check_that_its_state_is_all(network, example)
+    except InputError as error:
+        raise InputError(f"{recipe.network}, arm {arm!r}: {error}") from None
     return network
+
+
+def check_alike(recipe: Recipe, networks: Sequence[nn.Module], dataset: Dataset) -> None:
+    """Refuse networks of a user's that differ in more than their parameters and buffers.
+
+    A fleet runs all of its replicas through the first one's module.
+
+    Raises:
+        InputError: They do.
+    """
+    example, first = _example(dataset), copy.deepcopy(networks[0]).eval()
+    with torch.no_grad():
+        for network in networks[1:]:
+            state = dict([*network.named_parameters(), *network.named_buffers()])
+            itself = copy.deepcopy(network).eval()
+            if not functional_call(first, state, example).equal(itself(example)):
+                raise InputError(
+                    f"{recipe.network}: its networks differ from seed to seed in something that is "
+                    "neither a parameter nor a buffer: make it a buffer (register_buffer)"
+                )
+
+
+def _example(dataset: Dataset) -> Tensor:
+    return torch.rand(2, *dataset.image_shape, generator=stream(0, "example"))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Set the global generators of torch on the CPU, NumPy and Python, and put them back."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
 
 
 def _check_output(network: nn.Module, example: Tensor, classes: int) -> None:
@@ -115,8 +162,9 @@ def _check_output(network: nn.Module, example: Tensor, classes: int) -> None:
         with torch.no_grad():
             output = network(example)
     except Exception as error:
+        told = " ".join(str(error).split())
         raise InputError(
-            f"called with images of shape {shape} it raised {type(error).__name__}: {error}"
+            f"called with images of shape {shape} it raised {type(error).__name__}: {told}"
         ) from error
     network.train()
     if not isinstance(output, Tensor):
@@ -146,7 +194,7 @@ def digest(network: nn.Module) -> str:
     found = hashlib.sha256(repr(network).encode())
     for name, value in network.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.contiguous().numpy().tobytes())
+        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -159,10 +207,7 @@ def own_dropouts(network: nn.Module) -> None:
 
 def _check_that_it_repeats(network: nn.Module, example: Tensor) -> None:
     """Refuse a network that has random numbers of its own, or that changes from call to call."""
-    network = copy.deepcopy(network).train()
-    for each in network.modules():
-        if isinstance(each, Dropout):
-            each.p = 0.0
+    network = _without_dropout(network)
     with torch.no_grad():
         first, second = network(example), network(example)
     if not first.equal(second):
@@ -170,3 +215,34 @@ def _check_that_it_repeats(network: nn.Module, example: Tensor) -> None:
             "called twice it returned different outputs: expected no randomness but that of "
             "torch.nn.Dropout layers, whose random numbers belong to the seed"
         )
+
+
+def _check_that_its_state_is_all(network: nn.Module, example: Tensor) -> None:
+    """Refuse a network that keeps what it learns elsewhere than in parameters and buffers."""
+    called, other = _without_dropout(network), _without_dropout(network)
+    state = {name: each.detach().clone() for name, each in other.named_parameters()}
+    state |= {name: each.clone() for name, each in other.named_buffers()}
+    with torch.no_grad():
+        called(example)
+        given = dict(state)
+        functional_call(other, state, example)  # Puts into the dict what was assigned.
+        for name, buffer in given.items():
+            if state[name] is not buffer:
+                raise InputError(
+                    f"it assigns a new tensor to its buffer {name!r}: expected one that is changed "
+                    "in place (copy_, mul_, lerp_), as the steps of a study need it"
+                )
+        fresh = _without_dropout(network).eval()
+        if not functional_call(fresh, state, example).equal(called.eval()(example)):
+            raise InputError(
+                "it keeps something from call to call that is neither a parameter nor a buffer, "
+                "and would be mixed among seeds: make it a buffer (register_buffer)"
+            )
+
+
+def _without_dropout(network: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(network).train()
+    for each in copied.modules():
+        if isinstance(each, Dropout):
+            each.p = 0.0
+    return copied

@@ -28,7 +28,15 @@ from normlab.files import cache_folder
 from normlab.layers import Dropout
 from normlab.training.lowering import lower
 
-__all__ = ["Pass", "are_close", "dropouts_of", "dropped", "make"]
+__all__ = [
+    "Pass",
+    "are_close",
+    "dropouts_of",
+    "dropped",
+    "gradient_strides",
+    "make",
+    "state_names",
+]
 
 aten = torch.ops.aten
 
@@ -42,18 +50,23 @@ looked at."""
 class _Pass(nn.Module):
     """The pass of `width` replicas, to be traced.
 
-    The gradients of convolutions are laid out as their weights are. Where these have the channels
-    last, torch's convolutions on a CPU take that way, in which their backward pass is twice as
-    fast.
+    Gradients are laid out as their parameters are. Where the weights of a convolution have the
+    channels last, torch's convolutions on a CPU take that way, in which their backward pass is
+    twice as fast.
     """
 
     def __init__(self, network: nn.Module, width: int, scaling: str) -> None:
         super().__init__()
         self.network, self.width, self.scaling = (network,), width, scaling  # Not a submodule.
-        self.parameter_names = [name for name, _ in network.named_parameters()]
-        self.buffer_names = [name for name, _ in network.named_buffers()]
+        self.parameter_names, self.buffer_names = state_names(network)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
+        losses, gradients, hits = self.run(*tensors)
+        parameters = tensors[2 : 2 + len(gradients)]
+        return [losses, *map(_laid_out, gradients, parameters), hits]
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """Return losses, gradients as autograd lays them out, and hits."""
         images, labels, *rest, indices = tensors
         split = len(self.parameter_names), len(self.parameter_names) + len(self.buffer_names)
         parameters = [each.detach().requires_grad_() for each in rest[: split[0]]]
@@ -70,7 +83,7 @@ class _Pass(nn.Module):
             gradients = torch.autograd.grad(
                 losses.sum(), parameters, allow_unused=True, materialize_grads=True
             )
-        return [losses.detach(), *map(_laid_out, gradients, parameters), hits]
+        return losses.detach(), gradients, hits
 
     def _loss(
         self,
@@ -95,10 +108,26 @@ class _Pass(nn.Module):
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    channels_last = torch.channels_last
-    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=channels_last):
-        return gradient.contiguous(memory_format=channels_last)
-    return gradient
+    """Return a gradient as an optimizer's kernel wants it, which looks at the memory alone."""
+    each = zip(gradient.stride(), parameter.stride(), parameter.shape, strict=True)
+    if all(its == own for its, own, size in each if size > 1):
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def gradient_strides(
+    network: nn.Module, width: int, scaling: str, tensors: Sequence[Tensor]
+) -> list[tuple[int, ...]]:
+    """Return the strides that autograd gives to each parameter's gradient; as `make` takes them."""
+    _, gradients, _ = _Pass(network, width, scaling).run(*tensors)
+    return [gradient.stride() for gradient in gradients]
+
+
+def state_names(network: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of what is trained, and of what is not: frozen parameters, and buffers."""
+    trained = [name for name, each in network.named_parameters() if each.requires_grad]
+    frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
+    return trained, [*frozen, *(name for name, _ in network.named_buffers())]
 
 
 _PRODUCTS = {
@@ -252,14 +281,18 @@ def dropouts_of(network: nn.Module) -> list[Dropout]:
 
 
 def dropped(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return what each layer of `dropouts_of` gets to see of a batch, in their order."""
+    """Return what each layer of `dropouts_of` gets to see of a batch, in their order.
+
+    Raises:
+        InputError: One of them is not called exactly once.
+    """
     network = copy.deepcopy(network)
-    seen: dict[int, Tensor] = {}
     dropouts = dropouts_of(network)
+    seen: list[list[Tensor]] = [[] for _ in dropouts]
 
     def watch(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[place] = inputs[0].detach()
+            seen[place].append(inputs[0].detach())
 
         return see
 
@@ -268,4 +301,11 @@ def dropped(network: nn.Module, x: Tensor) -> list[Tensor]:
         dropout.register_forward_pre_hook(watch(place))
     if dropouts:
         network(x)
-    return [seen[place] for place in range(len(dropouts))]
+    names = {module: name for name, module in network.named_modules()}
+    for dropout, inputs in zip(dropouts, seen, strict=True):
+        if len(inputs) != 1:
+            raise InputError(
+                f"the dropout layer {names[dropout]!r} is called {len(inputs)} times in a pass: "
+                "expected a layer of its own, with masks of its own, for each place"
+            )
+    return [inputs for (inputs,) in seen]

@@ -160,7 +160,7 @@ class Recipe(BaseModel):
     @field_validator("network")
     @classmethod
     def _is_a_network(cls, value: str) -> str:
-        if not is_function(value):
+        if not is_function(value) or value.startswith("mlp:"):
             check_network(value)
         return value
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -54,8 +56,9 @@ class Trainer:
     """Trains one network in place, by the steps that a study's fleets take.
 
     For each size of a batch the network's pass is recorded once, compared with what the module does
-    itself, and replayed from then on, by normlab's kernels where there are some for all of it. A
-    network that cannot be replayed is called anew at every step.
+    itself, and replayed from then on, by normlab's kernels where these are fastest. A network that
+    cannot be replayed is called anew at every step. Parameters that require no gradient stay as
+    they are. `step` puts the whole network into train mode.
 
     Args:
         network: Returns logits, (N, classes). Its `torch.nn.Dropout` layers draw from a stream of
@@ -94,24 +97,29 @@ class Trainer:
     ) -> None:
         if not isinstance(network, nn.Module):
             raise InputError(f"Trainer expected a torch.nn.Module, got {type(network).__name__}")
-        if not list(network.parameters()):
-            raise InputError("the network has no parameters: there is nothing to train")
-        if not (lr > 0 and weight_decay >= 0):
+        if not any(each.requires_grad for each in network.parameters()):
+            raise InputError("the network has no parameter that requires a gradient")
+        numbers = (lr, weight_decay)
+        if not (all(map(math.isfinite, numbers)) and lr > 0 and weight_decay >= 0):
             raise InputError(
-                f"{lr=}, {weight_decay=}: expected a rate above 0 and a decay not below"
+                f"{lr=}, {weight_decay=}: expected finite numbers, a rate above 0 and a decay not "
+                "below"
             )
         try:
             recipe = Recipe(optimizer=optimizer, momentum=momentum, scaling=scaling)
         except ValidationError as error:
-            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            (first, *_) = error.errors()
+            told = first["msg"].removeprefix("Value error, ")
+            field = f"{first['loc'][0]}={first['input']!r}: " if first["loc"] else ""
+            raise InputError(f"{field}{told}") from None
         self.network, self.scaling = network, scaling
         own_dropouts(network)
         draw_dropout_from(stream(seed, "dropout"), network)
         # The module's own memory: it is trained in place.
-        parameters = [each.detach() for each in network.parameters()]
-        self._dtype = parameters[0].dtype
-        self._state = [*parameters, *(each.detach() for each in network.buffers())]
-        stacked = [each.unsqueeze(0) for each in parameters]
+        self._state = self._held()
+        trained, _ = program.state_names(network)
+        self._dtype = self._state[0].dtype
+        stacked = [each.unsqueeze(0) for each in self._state[: len(trained)]]
         self._optimizer = optimizers.make(recipe, stacked, [Setting(lr, weight_decay)])
         self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
 
@@ -126,6 +134,11 @@ class Trainer:
             InputError: The batch cannot be one of this network's.
         """
         _check(x, y)
+        if [each.data_ptr() for each in self._held()] != [each.data_ptr() for each in self._state]:
+            raise InputError(
+                "the network has other parameters or buffers than when the Trainer was made, as "
+                "after .to() or load_state_dict(assign=True): make a new Trainer"
+            )
         self.network.train()
         x, y = self._typed(x).contiguous(), y.contiguous()
         key = (x.shape, x.dtype)
@@ -143,33 +156,47 @@ class Trainer:
         self._optimizer.step(0, gradients)
         return float(loss)
 
+    def _held(self) -> list[Tensor]:
+        """Return what is trained, then what is not, in the network's memory."""
+        held = dict([*self.network.named_parameters(), *self.network.named_buffers()])
+        return [
+            held[name].detach() for names in program.state_names(self.network) for name in names
+        ]
+
     def _prepare(self, x: Tensor, y: Tensor) -> _Prepared:
         """Make the pass for batches like this one; a recorded one must do what the module does."""
-        scaled = self._typed(scale(x, self.scaling)) if x.dtype == torch.uint8 else x
-        with torch.no_grad():
-            classes = copy.deepcopy(self.network)(scaled).shape[1]
-        _check_labels(y, classes)
+        scaled = self._scaled(x)
+        copied = copy.deepcopy(self.network)
+        logits = _call(copied, scaled)
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise InputError(
+                f"of x of shape {tuple(x.shape)} the network made an output of shape "
+                f"{tuple(logits.shape)}: expected ({len(x)}, classes)"
+            )
+        _check_labels(y, logits.shape[1])
         dropped = program.dropped(self.network, scaled)
         fed = [*map(torch.ones_like, dropped), torch.arange(len(x))]
 
         def example() -> list[Tensor]:
             return [x, y, *(each.clone() for each in self._state), *fed]
 
-        def make(code: str) -> program.Pass:
-            return program.make(self.network, 1, self.scaling, example(), code)
-
-        module, expected = make("eager"), example()
-        expected += module(expected)
+        expected = example()
+        expected += program.make(copied, 1, self.scaling, expected, "eager")(expected)
+        found: dict[float, program.Pass] = {}
         for code in ("native", "traced"):
             try:
-                run, found = make(code), example()
-                found += run(found)
+                run, mine = program.make(copied, 1, self.scaling, example(), code), example()
+                mine += run(mine)
+                # Which logit is the largest can hang on roundings.
+                if program.are_close(mine[2:-1], expected[2:-1], _TOLERANCE):
+                    found[_seconds(run, example())] = run
             except Exception:  # Tracing fails in many ways: then it is not for this network.
                 continue
-            # Which logit is the largest can hang on roundings.
-            if program.are_close(found[2:-1], expected[2:-1], _TOLERANCE):
-                return _Prepared(run, classes, dropped)
-        return _Prepared(module, classes, dropped)
+        called = program.make(self.network, 1, self.scaling, example(), "eager")
+        return _Prepared(found[min(found)] if found else called, logits.shape[1], dropped)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self._typed(scale(x, self.scaling) if x.dtype == torch.uint8 else x)
 
     def _typed(self, x: Tensor) -> Tensor:
         return x.to(self._dtype) if x.is_floating_point() else x
@@ -191,6 +218,7 @@ class Trainer:
         modes = {each: each.training for each in self.network.modules()}
         self.network.eval()
         try:
+            _check_labels(y, _call(self.network, self._scaled(x[:1])).shape[1])
             (found,) = evaluate(
                 [self.network],
                 self._typed(x),
@@ -206,7 +234,35 @@ class Trainer:
         return Evaluation(*found)
 
 
+def _call(network: nn.Module, x: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            logits = network(x)
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise InputError(
+            f"called with x of shape {tuple(x.shape)} the network raised {type(error).__name__}: "
+            f"{told}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the network returned a {type(logits).__name__}: expected logits")
+    return logits
+
+
+def _seconds(run: program.Pass, tensors: list[Tensor]) -> float:
+    """Return the best of some runs."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run(tensors)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
 def _check(x: Tensor, y: Tensor) -> None:
+    for each in (x, y):
+        if not isinstance(each, Tensor) or not each.ndim:
+            raise InputError(f"expected two tensors with samples, got {type(each).__name__}")
     if not len(x) or y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise InputError(
             f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}, {y.dtype}: expected "

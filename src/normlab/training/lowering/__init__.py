@@ -86,6 +86,8 @@ def _call(writer: Writer, node: fx.Node) -> Any:
 
 def _argument(writer: Writer, place: int) -> Value:
     tensor = writer.tensors[place]
+    if tensor.device.type != "cpu":
+        raise NotLoweredError(f"argument {place} is on the device {tensor.device}")
     if not tensor.is_contiguous():
         raise NotLoweredError(f"argument {place} does not lie in memory in rows")
     return Value(place, tuple(tensor.shape), tensor.dtype)
