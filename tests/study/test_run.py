@@ -40,7 +40,8 @@ def test_a_run_measures_every_split_of_every_replica_after_every_epoch(tiny, fin
         ("batch", 0, "done"), ("batch", 1, "done"), ("plain", 0, "done"), ("plain", 1, "done"),
     ]  # fmt: skip
     kinds = {(row["split"], row["metric"]) for row in measurements}
-    assert kinds == {(s, m) for s in ("train", "validation", "test") for m in ("loss", "accuracy")}
+    splits = ("batches", "train", "validation", "test")
+    assert kinds == {(split, metric) for split in splits for metric in ("loss", "accuracy")}
     assert {(row["step"], row["epoch"]) for row in measurements} == {(31, 1), (62, 2)}
     assert len(measurements) == len(tiny.replicas) * tiny.epochs * len(kinds)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normlab.data import gather
 
-__all__ = ["EVALUATION_BATCH", "evaluate"]
+__all__ = ["evaluate"]
 
 EVALUATION_BATCH = 2000
 
@@ -23,7 +23,7 @@ def evaluate(
     indices: Tensor,
     scaling: str,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int | None = None,
 ) -> list[tuple[float, float]]:
     """Return the mean cross-entropy and the accuracy of several networks on the same images.
 
@@ -34,12 +34,12 @@ def evaluate(
         indices: Which of the N, int64.
         scaling: As `normlab.data.scale` takes it.
         dtype: Of the networks.
-        batch_size: Images at a time.
+        batch_size: Images at a time; `EVALUATION_BATCH` if none is given.
     """
     loss = torch.zeros(len(networks), dtype=torch.float64)
     correct = torch.zeros(len(networks), dtype=torch.float64)
     is_bytes = images.dtype == torch.uint8
-    for batch in indices.split(batch_size):
+    for batch in indices.split(batch_size or EVALUATION_BATCH):
         x = gather(images, batch, scaling).to(dtype) if is_bytes else images[batch]
         y = labels[batch]
         for i, network in enumerate(networks):

@@ -16,7 +16,7 @@ from normlab.errors import InputError
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import optimizers, program
-from normlab.training.evaluation import EVALUATION_BATCH, evaluate
+from normlab.training.evaluation import evaluate
 from normlab.training.networks import own_dropouts
 from normlab.training.recipe import Recipe, Setting
 from normlab.training.steps import Steps
@@ -226,7 +226,7 @@ class Trainer:
                 torch.arange(len(x)),
                 self.scaling,
                 self._dtype,
-                batch_size or EVALUATION_BATCH,
+                batch_size,
             )
         finally:
             for module, mode in modes.items():
