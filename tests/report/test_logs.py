@@ -63,7 +63,7 @@ def test_logs_are_written_before_while_and_after_training(tmp_path):
     # Time stands still, so that none of the events comes too early for the logs.
     assert len(log.seen) == 1 + len(display.events) + 1
     assert log.seen[0] == 0
-    assert log.seen[-1] == len(Comparison(tmp_path).frame()) == 2 * 2 * 6
+    assert log.seen[-1] == len(Comparison(tmp_path).frame()) == 2 * 2 * 8
     assert sorted(log.seen) == log.seen
 
 
@@ -96,7 +96,7 @@ def test_a_log_that_fails_later_is_warned_of_and_left_alone(tmp_path, capsys):
         f"writes it again: normlab export {tmp_path} --to recorder --out 'some where'\n"
     )
     assert len(broken.seen) == 3
-    assert whole.seen[-1] == len(Comparison(tmp_path).frame()) == 24
+    assert whole.seen[-1] == len(Comparison(tmp_path).frame()) == 32
 
 
 def test_an_interrupted_run_does_not_wait_for_its_logs(make_run):
@@ -116,7 +116,8 @@ def test_courses_are_the_frame_by_replica(compared):
     course = found[Replica("batch", 0.01, 1)]
     assert [point.step for point in course] == [100, 200, 300, 400]
     assert [point.values["loss/validation"] for point in course] == list(row["value"])
-    assert [point.time for point in course] == [time.timestamp() for time in row["time"]]
+    times = [time.timestamp() for time in row["time"]]
+    assert [point.time for point in course] == pytest.approx(times, rel=0, abs=1e-5)
     assert all(isinstance(point, Point) and len(point.values) == 6 for point in course)
 
 

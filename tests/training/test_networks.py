@@ -107,10 +107,15 @@ def text():
 """
 
 
+QUICK = {"dataset": "./some.npz", "validation": 100, "epochs": 1, "batch_size": 100}
+
+
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
+    mnist = load("mnist")
+    np.savez("some.npz", images=mnist.images[:900, 0].numpy(), labels=mnist.labels[:900].numpy())
     yield
     sys.modules.pop("own_networks", None)
 
@@ -194,11 +199,11 @@ def test_options_of_normlabs_own_networks_are_refused():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_study_of_ones_own_network_is_run_and_shown(tmp_path, workers):
-    fields = {"epochs": 1, "seeds": 2, "batch_size": 500, "validation": 50_000, "lr": 0.01}
-    study = normlab.Study(
-        network="own_networks:small", arms=["plain", "batch", "batch+dropout:0.5"], **fields
+    arms = ["plain", "batch", "batch+dropout:0.5"]
+    study = normlab.Study(network="own_networks:small", arms=arms, seeds=2, **QUICK)
+    comparison = normlab.compare(
+        study, out=tmp_path / "run", workers=workers, engine="looped", progress=False
     )
-    comparison = normlab.compare(study, out=tmp_path / "run", workers=workers, progress=False)
     frame = comparison.frame()
     assert set(frame["arm"]) == {"plain", "batch", "batch+dropout:0.5"}
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
@@ -215,8 +220,7 @@ def test_a_digest_is_of_layers_and_values_of_any_type():
 
 
 def test_a_study_of_another_network_is_refused_whichever_arm_shows_it(tmp_path):
-    fields = {"epochs": 1, "seeds": 1, "batch_size": 500, "validation": 55_000}
-    study = normlab.Study(network="own_networks:small", arms=["plain", "batch"], **fields)
+    study = normlab.Study(network="own_networks:small", arms=["plain", "batch"], seeds=1, **QUICK)
     normlab.compare(study, out=tmp_path / "run", progress=False)
     module = tmp_path / "own_networks.py"
     module.write_text(MODULE.replace("nn.BatchNorm1d(16)", "nn.BatchNorm1d(16, eps=10.0)"))

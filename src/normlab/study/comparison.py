@@ -328,7 +328,7 @@ class Comparison:
         measured: dict[tuple[str, str, str, int, int], dict[int, float]] = {}
         for m in self._measurements:
             replica = _replica(m)
-            if chosen[replica.arm].get(replica.seed) == replica.setting:
+            if chosen.get(replica.arm, {}).get(replica.seed) == replica.setting:
                 into = m["step"] - m["epoch"] * epoch
                 key = (replica.arm, m["split"], m["metric"], m["epoch"], into)
                 measured.setdefault(key, {})[replica.seed] = m["value"]
