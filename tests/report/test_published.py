@@ -45,6 +45,10 @@ def test_a_sentence_says_how_many_a_seed_could_have_given(compared):
         "2 of 3 published figures lie inside the 95% interval for one more seed trained as here."
     )
     assert published_sentence(comparison) in remarks(comparison)
+    for figure, where in ((FIGURES[0], "inside"), (FIGURES[1], "outside")):
+        assert published_sentence(compared(published=[figure])) == (
+            f"The published figure lies {where} the 95% interval for one more seed trained as here."
+        )
     alone = compared(published=FIGURES, seeds=1)
     assert published_sentence(alone).endswith("two seeds would tell.")
     unmeasured = compared(published=FIGURES[2:3])

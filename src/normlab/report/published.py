@@ -20,10 +20,10 @@ def published_sentence(comparison: Comparison) -> str:
     if not told:
         return "Whether a seed could give what the text printed, two seeds would tell."
     confidence = f"{comparison.study.confidence * 100:g}%"
-    return (
-        f"{sum(told)} of {len(told)} published figures lie inside the {confidence} interval for "
-        "one more seed trained as here."
-    )
+    lie = f"{sum(told)} of {len(told)} published figures lie inside"
+    if len(told) == 1:
+        lie = f"The published figure lies {'inside' if told[0] else 'outside'}"
+    return f"{lie} the {confidence} interval for one more seed trained as here."
 
 
 def published_table(comparison: Comparison) -> str:
