@@ -22,6 +22,7 @@ from normlab import report as reports
 from normlab.cli_data import Data, Json
 from normlab.errors import FetchError, InputError, NormlabError
 from normlab.study import Study, bundled_studies, find_study, layers_of
+from normlab.study.declaration import FOR_PEOPLE
 from normlab.training import Recipe
 
 __all__ = ["main"]
@@ -99,11 +100,7 @@ class _Compare:
 
 # The study's own fields first, then those of its recipe.
 _OVERRIDES = sorted(
-    (
-        name
-        for name in Study.model_fields
-        if name not in ("name", "description", "published", "protocol")
-    ),
+    (name for name in Study.model_fields if name not in FOR_PEOPLE),
     key=lambda name: name in Recipe.model_fields,
 )
 

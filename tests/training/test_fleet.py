@@ -20,7 +20,7 @@ from normlab.training import (
     Recipe,
     Replica,
     evaluation,
-    fleet,
+    trainer,
 )
 
 EAGER, TRACED = Engine("looped", "eager"), Engine("looped", "traced")
@@ -43,7 +43,7 @@ def splits():
 
 def train(*arguments, engine=EAGER):
     """By the module itself unless told otherwise, so that its hooks see every step."""
-    return fleet.train(*arguments, engine)
+    return trainer.train(*arguments, engine)
 
 
 def evaluate(network, *arguments):

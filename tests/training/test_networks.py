@@ -11,7 +11,7 @@ from normlab.data import load
 from normlab.errors import InputError
 from normlab.layers import Dropout
 from normlab.training import Recipe, build
-from normlab.training.networks import check_alike, digest
+from normlab.training.networks import build_checked, check_alike, digest
 
 MODULE = """
 import torch
@@ -166,7 +166,7 @@ def test_a_network_without_norms_can_be_plain():
 )
 def test_what_cannot_be_trained_is_one_line(name, arm, message):
     with pytest.raises(InputError, match=message):
-        make(name, arm)
+        build_checked(Recipe(network=f"own_networks:{name}"), arm, load("mnist"))
 
 
 def test_every_global_generator_belongs_to_the_seed_and_is_left_alone():

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.networks import parse_arm
 from normlab.study.published import PublishedFigure
-from normlab.training import Recipe, Replica, Setting, build
+from normlab.training import Recipe, Replica, Setting
+from normlab.training.networks import build_checked
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +34,7 @@ FOR_PEOPLE = ("name", "description", "published", "protocol")
 """Fields that make no difference to what is measured."""
 _OF_THE_TEXT = (
     *("dataset", "scaling", "network", "activation", "init", "optimizer", "lr", "momentum"),
-    *("weight_decay", "batch_size", "precision"),
+    *("weight_decay", "batch_size", "drop_last", "precision"),
 )
 """Fields with which a study is another than that which its text is about."""
 
@@ -254,8 +256,11 @@ class Study(Recipe):
             return changed.model_copy(update={k: v for k, v in rest.items() if k not in fields})
         return changed
 
-    def check_against(self, splits: Splits) -> None:
+    def check_against(self, splits: Splits) -> dict[str, nn.Module]:
         """Refuse what only the data can show to be impossible.
+
+        Returns:
+            The network of each arm's seed 0.
 
         Raises:
             InputError: A batch is larger than the training set, batch norm would get a batch of
@@ -274,7 +279,7 @@ class Study(Recipe):
                     f"({size} images in batches of {self.batch_size}): "
                     "choose another batch_size, or set drop_last"
                 )
-            build(self, arm, 0, splits.dataset)
+        return {arm: build_checked(self, arm, splits.dataset) for arm in self.arms}
 
 
 def bundled_studies() -> dict[str, Study]:

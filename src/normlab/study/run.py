@@ -13,7 +13,7 @@ from normlab.errors import InputError
 from normlab.imports import is_function
 from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
-from normlab.training import Event, build, run_replicas
+from normlab.training import Event, run_replicas
 from normlab.training.choice import check_engine
 from normlab.training.networks import digest, layers
 
@@ -57,14 +57,11 @@ def run(
         raise InputError(f"workers={workers}: at least 1 is needed")
     check_engine(engine)
     dataset = load(study.dataset)
-    study.check_against(split(dataset, study.validation))
+    networks = study.check_against(split(dataset, study.validation))
     own = {} if dataset.digest is None else {"dataset": dataset.digest}
     if is_function(study.network):
-        digests = (digest(build(study, arm, 0, dataset)) for arm in study.arms)
-        own["network"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    networks = {
-        arm: layers(build(study, arm, 0, dataset), dataset.image_shape) for arm in study.arms
-    }
+        digests = " ".join(map(digest, networks.values()))
+        own["network"] = hashlib.sha256(digests.encode()).hexdigest()
     with Ledger.write(folder, study, own) as ledger:
         finished = frozenset(ledger.finished())
         missing = len(study.replicas) - len(finished)
@@ -73,8 +70,8 @@ def run(
         if not missing:
             return
         ledger.begin_session(min(workers, missing))
-        for arm, found in networks.items():
-            ledger.describe(arm, found)
+        for arm, network in networks.items():
+            ledger.describe(arm, layers(network, dataset.image_shape))
         started = time.perf_counter()
         events = run_replicas(
             study,

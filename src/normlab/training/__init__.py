@@ -3,10 +3,10 @@
 from normlab.training.choice import ENGINES, Choice
 from normlab.training.engine import Event, run_replicas
 from normlab.training.evaluation import evaluate
-from normlab.training.fleet import Engine, Fleet, train
+from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import build
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
-from normlab.training.trainer import Evaluation, Trainer
+from normlab.training.trainer import Evaluation, Trainer, train
 
 __all__ = [
     "ENGINES",

@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, groupby, islice
-from operator import itemgetter, mul
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +25,11 @@ from normlab.layers import NORM_LAYERS, draw_dropout_from
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
-from normlab.training.networks import own_dropouts
+from normlab.training.layout import channels_last, laid_out
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 from normlab.training.steps import Steps
 
-__all__ = ["Engine", "Fleet", "train"]
+__all__ = ["Engine", "Fleet"]
 
 _SPAN = 50  # Steps in one call, in which nothing can interrupt it.
 _MASKS = 2**26  # Bytes of dropout masks that are drawn ahead.
@@ -51,9 +51,6 @@ class Engine(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.code}"
-
-
-PLAIN_ENGINE = Engine("looped", "traced")
 
 
 class Fleet:
@@ -188,7 +185,7 @@ class Fleet:
         self.network.train()
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         if not self._is_stacked and self.engine.code != "native":
-            self._parameters = [_channels_last(p) if p.ndim == 5 else p for p in self._parameters]
+            self._parameters = [channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self.example(self.recipe.batch_size)
         strides = program.gradient_strides(
             copy.deepcopy(self.network),
@@ -197,7 +194,7 @@ class Fleet:
             [each.clone() for each in example],
         )
         self._parameters = [
-            p if p.ndim == 5 and not self._is_stacked else _laid_out(p, of[self._is_stacked :])
+            p if p.ndim == 5 and not self._is_stacked else laid_out(p, of[self._is_stacked :])
             for p, of in zip(self._parameters, strides, strict=True)
         ]
         self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
@@ -410,48 +407,3 @@ class Fleet:
                 if dropout.generator is not None:
                     kept[f"dropout.{r}"] = dropout.generator.get_state()
         return {**kept, "losses": self.losses, "hits": self.hits}
-
-
-def train(
-    network: nn.Module,
-    replica: Replica,
-    recipe: Recipe,
-    splits: Splits,
-    engine: Engine = PLAIN_ENGINE,
-) -> Iterator[Measurement | Outcome]:
-    """Train one network in place, yielding each measurement as it is made and the outcome.
-
-    Args:
-        network: With its first values; it has its last ones when the iterator ends. Its
-            `torch.nn.Dropout` layers draw from the seed's stream. One that does something else from
-            step to step needs the engine `eager`.
-        replica: Setting and seed.
-        recipe: All the rest.
-        splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
-        engine: How the steps are done.
-    """
-    own_dropouts(network)
-    fleet = Fleet([network], [replica], recipe, splits, engine)
-    yield from fleet.train()
-    trained = fleet.state(0)
-    with torch.no_grad():
-        for name, value in (*network.named_parameters(), *network.named_buffers()):
-            value.copy_(trained[name])
-    network.train()
-
-
-def _laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
-    """Return a stacked parameter whose replicas have the given strides, if these leave no gap."""
-    outer = parameter[0].numel()
-    sizes = sorted(each for each in zip(strides, parameter.shape[1:], strict=True) if each[1] > 1)
-    if [stride for stride, _ in sizes] != [1, *accumulate((n for _, n in sizes), mul)][:-1]:
-        return parameter
-    return torch.empty_strided(parameter.shape, (outer, *strides), dtype=parameter.dtype).copy_(
-        parameter
-    )
-
-
-def _channels_last(parameter: Tensor) -> Tensor:
-    """Return stacked weights of convolutions, (R, O, I, H, W), with I the last in memory."""
-    inner, height, width = parameter.shape[2:]
-    return _laid_out(parameter, (inner * height * width, 1, width * inner, inner))

@@ -23,7 +23,15 @@ from normlab.streams import stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
 
-__all__ = ["Layer", "build", "check_alike", "digest", "layers", "own_dropouts"]
+__all__ = [
+    "Layer",
+    "build",
+    "build_checked",
+    "check_alike",
+    "digest",
+    "layers",
+    "own_dropouts",
+]
 
 
 class Layer(NamedTuple):
@@ -109,10 +117,25 @@ def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
             raise InputError("it has no parameter that requires a gradient")
         _check_output(network, example, dataset.classes)
         _become(network, parse_arm(arm), example)
-        _check_that_it_repeats(network, example)
-        _check_that_its_state_is_all(network, example)
     except InputError as error:
         raise InputError(f"{recipe.network}, arm {arm!r}: {error}") from None
+    return network
+
+
+def build_checked(recipe: Recipe, arm: str, dataset: Dataset) -> nn.Module:
+    """Return the network of an arm's seed 0, if all that a study needs of it is so.
+
+    Raises:
+        InputError: As `build`; or a user's network has random numbers or a state that a study
+            cannot hold.
+    """
+    network = build(recipe, arm, 0, dataset)
+    if is_function(recipe.network):
+        try:
+            _check_that_it_repeats(network, _example(dataset))
+            _check_that_its_state_is_all(network, _example(dataset))
+        except InputError as error:
+            raise InputError(f"{recipe.network}, arm {arm!r}: {error}") from None
     return network
 
 
@@ -142,7 +165,10 @@ def _example(dataset: Dataset) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Set the global generators of torch on the CPU, NumPy and Python, and put them back."""
+    """Set the global generators of torch on the CPU, NumPy and Python, and put them back.
+
+    NumPy's legacy one, too: it is that which a constructor draws from without naming one.
+    """
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

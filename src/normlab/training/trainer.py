@@ -1,28 +1,32 @@
-"""Training a batch at a time, for those who write the loop themselves."""
+"""Training one network: a batch at a time, or by a recipe."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from normlab.data import scale
+from normlab.data import Splits, scale
 from normlab.errors import InputError
 from normlab.layers import draw_dropout_from
 from normlab.streams import stream
 from normlab.training import optimizers, program
 from normlab.training.evaluation import evaluate
+from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import own_dropouts
-from normlab.training.recipe import Recipe, Setting
+from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
 from normlab.training.steps import Steps
 
-__all__ = ["Evaluation", "Trainer"]
+__all__ = ["Evaluation", "Trainer", "train"]
 
 _TOLERANCE = 1e-3  # That of fleets: roundings, and nothing that does something else.
+
+PLAIN_ENGINE = Engine("looped", "traced")
 
 
 class Evaluation(NamedTuple):
@@ -115,11 +119,21 @@ class Trainer:
         own_dropouts(network)
         draw_dropout_from(stream(seed, "dropout"), network)
         # The module's own memory: it is trained in place.
-        self._state = self._held()
-        trained, _ = program.state_names(network)
+        held = dict([*network.named_parameters(), *network.named_buffers()])
+        trained, rest = program.state_names(network)
+        self._state = [held[name].detach() for name in (*trained, *rest)]
         self._dtype = self._state[0].dtype
         stacked = [each.unsqueeze(0) for each in self._state[: len(trained)]]
         self._optimizer = optimizers.make(recipe, stacked, [Setting(lr, weight_decay)])
+        # Where the module keeps what is moved here, to see that it still does.
+        self._places: list[tuple[dict[str, Any], str, int]] = [
+            (place, key, value.data_ptr())
+            for module in network.modules()
+            for place in (module._parameters, module._buffers)
+            for key, value in place.items()
+            if value is not None
+        ]
+        self._dropouts = program.dropouts_of(network)
         self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
 
     def step(self, x: Tensor, y: Tensor) -> float:
@@ -133,7 +147,7 @@ class Trainer:
             InputError: The batch cannot be one of this network's.
         """
         _check(x, y)
-        if [each.data_ptr() for each in self._held()] != [each.data_ptr() for each in self._state]:
+        if any(place[key].data_ptr() != memory for place, key, memory in self._places):
             raise InputError(
                 "the network has other parameters or buffers than when the Trainer was made, as "
                 "after .to() or load_state_dict(assign=True): make a new Trainer"
@@ -145,7 +159,7 @@ class Trainer:
             self._prepared[key] = self._prepare(x, y)
         run, classes, dropped = self._prepared[key]
         _check_labels(y, classes)
-        layers = zip(program.dropouts_of(self.network), dropped, strict=True)
+        layers = zip(self._dropouts, dropped, strict=True)
         fed = [*(dropout.draw(like) for dropout, like in layers), torch.arange(len(x))]
         state = [x, y, *self._state]
         if isinstance(run, Steps):
@@ -154,13 +168,6 @@ class Trainer:
         loss, *gradients, _ = run([*state, *fed])
         self._optimizer.step(0, gradients)
         return float(loss)
-
-    def _held(self) -> list[Tensor]:
-        """Return what is trained, then what is not, in the network's memory."""
-        held = dict([*self.network.named_parameters(), *self.network.named_buffers()])
-        return [
-            held[name].detach() for names in program.state_names(self.network) for name in names
-        ]
 
     def _prepare(self, x: Tensor, y: Tensor) -> _Prepared:
         """Make the pass for batches like this one; a recorded one must do what the module does."""
@@ -231,6 +238,34 @@ class Trainer:
             for module, mode in modes.items():
                 module.training = mode
         return Evaluation(*found)
+
+
+def train(
+    network: nn.Module,
+    replica: Replica,
+    recipe: Recipe,
+    splits: Splits,
+    engine: Engine = PLAIN_ENGINE,
+) -> Iterator[Measurement | Outcome]:
+    """Train one network in place, yielding each measurement as it is made and the outcome.
+
+    Args:
+        network: With its first values; it has its last ones when the iterator ends. Its
+            `torch.nn.Dropout` layers draw from the seed's stream. One that does something else from
+            step to step needs the engine `eager`.
+        replica: Setting and seed.
+        recipe: All the rest.
+        splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
+        engine: How the steps are done.
+    """
+    own_dropouts(network)
+    fleet = Fleet([network], [replica], recipe, splits, engine)
+    yield from fleet.train()
+    trained = fleet.state(0)
+    with torch.no_grad():
+        for name, value in (*network.named_parameters(), *network.named_buffers()):
+            value.copy_(trained[name])
+    network.train()
 
 
 def _call(network: nn.Module, x: Tensor) -> Tensor:

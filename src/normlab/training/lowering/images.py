@@ -87,8 +87,11 @@ def _pool_backward(writer: Writer, node: fx.Node, grad: Any, x: Any, *, average:
 
 def _windows(node: fx.Node, x: Value) -> tuple[list[int], tuple[int, ...]]:
     """Return the sizes of a pooling, as `Pooling` in kernels.h has them, and what it makes."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    options = {each.name: each.default_value for each in arguments if each.has_default_value()}
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    options: dict[str, Any] = {
+        each.name: each.default_value for each in arguments if each.has_default_value()
+    }
     options |= {each.name: value for each, value in zip(arguments, node.args, strict=False)}
     window = options["kernel_size"]
     if (
