@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from normlab.probes import Histogram
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
 from normlab.training import Measurement, Outcome
@@ -77,7 +78,10 @@ def course(study, replica, noise, diverges, runs):
             accuracy = final + gain - 0.1 * np.exp(-4 * step / last) + draw.normal(scale=0.0005)
             values[split, "accuracy"] = float(accuracy)
             values[split, "loss"] = float(4 * (1 - accuracy))
-        yield Measurement(replica, step, step // STEPS_PER_EPOCH, values)
+        ends = step % STEPS_PER_EPOCH == 0
+        norm = {"output": Histogram(-1.0, step / 1000, [replica.seed, arm, 2])}
+        histograms = {"hidden0.norm": norm} if ends else {}
+        yield Measurement(replica, step, step // STEPS_PER_EPOCH, values, histograms)
     if diverges:
         yield Outcome(replica, "diverged", steps[-1] + STEPS_PER_EPOCH, 1.5)
     elif not runs:

@@ -6,6 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.util.tensor_util import make_ndarray
 
 from normlab.errors import NormlabError
 from normlab.report import Logs, TensorBoard
@@ -33,6 +34,19 @@ def scalars(folder, name, tag):
     return [(each.step, each.value) for each in read(folder, name).Scalars(tag)]
 
 
+def histograms(reader):
+    """By tag, the step, the ends and the counts of every histogram."""
+    found = {}
+    for tag in reader.Tags()["tensors"]:
+        if reader.SummaryMetadata(tag).plugin_data.plugin_name != "histograms":
+            continue
+        for each in reader.Tensors(tag):
+            left, right, counts = make_ndarray(each.tensor_proto).T
+            assert np.allclose(left[1:], right[:-1])
+            found.setdefault(tag, []).append((each.step, left[0], right[-1], counts.tolist()))
+    return found
+
+
 def float32(pairs):
     """What TensorBoard keeps of numbers."""
     return [(step, float(np.float32(value))) for step, value in pairs]
@@ -58,6 +72,12 @@ def assert_says_what_the_ledger_says(folder, comparison):
             expected = [(point.step, point.values[tag]) for point in course]
             assert [(each.step, each.value) for each in found] == float32(expected)
             assert [each.wall_time for each in found] == [point.time for point in course]
+        expected = {}
+        for row in comparison.histograms().itertuples():
+            if replica == (row.arm, row.lr, row.seed, row.weight_decay):
+                seen = expected.setdefault(f"{row.name}/{row.layer}", [])
+                seen.append((row.step, row.low, row.high, row.counts))
+        assert histograms(reader) == expected
     names = {run_name(study, replica) for replica in points}
     for metric in ("loss", "accuracy"):
         for (arm, split), curve in comparison.curves(metric).groupby(["arm", "split"]):

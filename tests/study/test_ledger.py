@@ -4,7 +4,8 @@ from datetime import datetime
 import pytest
 
 from normlab.errors import InputError, LedgerError
-from normlab.study import Study
+from normlab.probes import Histogram
+from normlab.study import Comparison, Study
 from normlab.study import ledger as ledger_module
 from normlab.study.ledger import FILENAME, Ledger
 from normlab.training import Measurement, Outcome, Replica
@@ -12,6 +13,12 @@ from normlab.training import Measurement, Outcome, Replica
 STUDY = Study(seeds=2)
 FIRST = Replica("plain", 0.01, 0)
 VALUES = {("test", "loss"): 0.1 + 0.2, ("test", "accuracy"): 0.9}
+HISTOGRAMS = {
+    "hidden0.norm": {
+        "output": Histogram(-0.1, 0.1 + 0.2, [3, 0, 1]),
+        "weight": Histogram(1.0, 1.0, [0, 0, 8]),
+    }
+}
 
 
 def fill(folder, *events):
@@ -46,18 +53,32 @@ def test_what_is_kept_is_read_back_exactly(tmp_path):
     assert '"torch"' in session["versions"]
 
 
-def test_what_a_replica_without_outcome_measured_is_made_again(tmp_path):
+@pytest.mark.parametrize("table", ["measurement", "histogram"])
+def test_what_a_replica_without_outcome_measured_is_made_again(tmp_path, table):
     second = Replica("batch", 0.01, 0)
     fill(
         tmp_path,
-        Measurement(FIRST, 10, 1, VALUES),
+        Measurement(FIRST, 10, 1, VALUES, HISTOGRAMS),
         Outcome(FIRST, "done", 10, 1.0),
-        Measurement(second, 10, 1, VALUES),
+        Measurement(second, 10, 1, VALUES, HISTOGRAMS),
     )
-    assert {row["arm"] for row in read(tmp_path, "measurement")} == {"plain", "batch"}
-    fill(tmp_path, Measurement(second, 10, 1, VALUES))
+    assert {row["arm"] for row in read(tmp_path, table)} == {"plain", "batch"}
+    fill(tmp_path, Measurement(second, 10, 1, VALUES, HISTOGRAMS))
     fill(tmp_path)
-    assert {row["arm"] for row in read(tmp_path, "measurement")} == {"plain"}
+    assert {row["arm"] for row in read(tmp_path, table)} == {"plain"}
+
+
+def test_histograms_are_read_back_exactly(tmp_path):
+    fill(tmp_path, Measurement(FIRST, 10, 1, VALUES, HISTOGRAMS))
+    key = {**FIRST._asdict(), "step": 10, "epoch": 1, "layer": "hidden0.norm"}
+    expected = [
+        {**key, "name": "output", "low": -0.1, "high": 0.1 + 0.2, "counts": [3, 0, 1]},
+        {**key, "name": "weight", "low": 1.0, "high": 1.0, "counts": [0, 0, 8]},
+    ]
+    found = Comparison(tmp_path).histograms()
+    assert found.to_dict("records") == expected
+    fill(tmp_path / "none")
+    assert list(Comparison(tmp_path / "none").histograms()) == list(found)
 
 
 def test_a_measurement_is_kept_whole_or_not_at_all(tmp_path):

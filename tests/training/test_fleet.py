@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normlab.data import Dataset, Splits, load
+from normlab.data import Dataset, Splits, load, scale
 from normlab.errors import NormlabError
 from normlab.layers import draw_dropout_from
 from normlab.networks import build_network
+from normlab.probes import inside
 from normlab.streams import stream
 from normlab.training import (
     Engine,
@@ -338,6 +339,24 @@ def test_a_fleet_goes_on_from_its_checkpoint_with_the_same_bits(splits, tmp_path
     assert [event[:3] for event in again] == expected
     for r in range(2):
         assert same_bits(second.state(r), whole.state(r))
+
+
+@pytest.mark.parametrize("engine", [EAGER, STACKED, NATIVE], ids=str)
+def test_histograms_show_what_is_inside_each_replica_after_each_epoch(splits, engine):
+    replicas = [Replica("batch", 0.01, seed) for seed in range(2)]
+    recipe = Recipe(epochs=2, evaluate_every=4, drop_last=False)
+    fleet = Fleet([build("batch", seed) for seed in range(2)], replicas, recipe, splits, engine)
+    seen = {True: 0, False: 0}
+    x = scale(splits.dataset.images[splits.indices["train"][:128]], recipe.scaling)
+    for event in fleet.train():
+        if isinstance(event, Outcome):
+            continue
+        ends = event.step % fleet.steps_per_epoch == 0
+        seen[ends] += 1
+        state = fleet.state(replicas.index(event.replica))
+        assert event.histograms == (inside(build("batch").eval(), state, x) if ends else {})
+    assert seen[True] == 4
+    assert seen[False] > 0
 
 
 @pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)

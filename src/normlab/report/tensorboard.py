@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class TensorBoard:
     """A folder of event files.
 
     A run of TensorBoard's for each replica, such as `batch/lr=0.01/seed=3`, with its scalars, its
+    histograms (`output/LAYER`, and of norm layers `weight/LAYER` and `bias/LAYER`), its
     hyperparameters, and when it has ended the numbers that it ended with; and three for each arm,
     such as `batch/mean`, `batch/low` and `batch/high`, with the mean over the seeds that finished
     and the ends of its interval, as `Comparison.curves` gives them.
@@ -120,10 +122,12 @@ def _runs(comparison: Comparison) -> dict[str, list[bytes]]:
     """Return the records of every run that has something to show."""
     points, ended = courses(comparison), ends(comparison)
     runs = dict(_bands(comparison, points, ended))
+    histograms = _histograms(comparison)
     for replica in comparison.study.replicas:
         course, end = points.get(replica, []), ended.get(replica)
         if course or end:
-            runs[run_name(comparison.study, replica)] = _replica(comparison, replica, course, end)
+            name = run_name(comparison.study, replica)
+            runs[name] = _replica(comparison, replica, course, histograms[replica], end)
     return runs
 
 
@@ -160,9 +164,10 @@ def _replica(
     comparison: Comparison,
     replica: Replica,
     course: Sequence[Point],
+    histograms: Mapping[int, Sequence[Any]],
     end: Mapping[str, Any] | None,
 ) -> list[bytes]:
-    """Return the records of a replica."""
+    """Return the records of a replica; histograms are summaries by step."""
     from tensorboard.plugins.hparams import summary_v2
 
     # One that diverged at once has no measurement to take the time from.
@@ -173,8 +178,11 @@ def _replica(
         _version(begun),
         _record(begun, summary=_experiment(comparison)),
         _record(begun, summary=start),
-        *map(_scalars, course),
     ]
+    for point in course:
+        records.append(_scalars(point))
+        if point.step in histograms:
+            records.append(_record(point.time, step=point.step, summary=histograms[point.step]))
     if end:
         last = course[-1].time if course else begun
         numbers = {f"hparam/{name}": value for name, value in finals(comparison, end).items()}
@@ -213,6 +221,27 @@ def _session_end(status: str, when: float) -> Any:
         tensor=metadata.NULL_TENSOR,
     )
     return Summary(value=[value])
+
+
+def _histograms(comparison: Comparison) -> dict[Replica, dict[int, Any]]:
+    """Return each replica's summaries of histograms, by step."""
+    import numpy as np
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.histogram.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    metadata = create_summary_metadata(display_name=None, description=None)
+    found: dict[Replica, dict[int, Any]] = defaultdict(dict)
+    for row in comparison.histograms().to_dict("records"):
+        steps = found[Replica(*(row[name] for name in Replica._fields))]
+        edges = np.linspace(row["low"], row["high"], len(row["counts"]) + 1)
+        buckets = np.stack([edges[:-1], edges[1:], row["counts"]], axis=1)
+        steps.setdefault(row["step"], Summary()).value.add(
+            tag=f"{row['name']}/{row['layer']}",
+            metadata=metadata,
+            tensor=make_tensor_proto(buckets),
+        )
+    return found
 
 
 def _scalars(point: Point) -> bytes:

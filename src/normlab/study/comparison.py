@@ -15,7 +15,7 @@ import numpy as np
 from normlab.errors import InputError
 from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
-from normlab.study.inspection import layers_frame, learned_frame
+from normlab.study.inspection import histograms_frame, layers_frame, learned_frame
 from normlab.study.ledger import Ledger
 from normlab.study.published import beside
 from normlab.study.verdicts import Metric, Verdict, judge
@@ -181,6 +181,25 @@ class Comparison:
             `bias`, β, `running_mean` or `running_var`), `channel` and `value`.
         """
         return learned_frame(self._learned)
+
+    def histograms(self) -> pd.DataFrame:
+        """Return the histograms of values inside each network after each epoch, one tensor a row.
+
+        They are those of the network in eval mode on the first 128 training images, and are read
+        from the ledger when asked for.
+
+        Returns:
+            Columns `arm`, `lr`, `seed`, `weight_decay`, `step`, `epoch`, `layer`, `name` (`output`
+            of any layer; `weight`, which is γ, or `bias`, β, of a norm layer), `low` and `high`
+            (the least and the largest finite value) and `counts` (a list: values in each of 30
+            bins of equal width from `low` to `high`).
+
+        Raises:
+            InputError: The ledger is gone.
+            LedgerError: It is damaged.
+        """
+        with Ledger.read(self.folder) as ledger:
+            return histograms_frame(ledger.rows("histogram"))
 
     def layers(self) -> pd.DataFrame:
         """Return the layers of each arm's network, and what its norms learned at what they report.

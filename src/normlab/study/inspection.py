@@ -1,4 +1,4 @@
-"""What a study's networks are made of, and what their norms learned, as frames."""
+"""What a study's networks are made of, and what was inside them, as frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normlab.training.networks import layers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["layers_frame", "layers_of", "learned_frame"]
+__all__ = ["histograms_frame", "layers_frame", "layers_of", "learned_frame"]
 
 _LAYER = ["arm", "layer", "kind", "shape", "parameters"]
 
@@ -54,6 +54,15 @@ def learned_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         for channel, value in enumerate(json.loads(one["value"]))
     )
     return pd.DataFrame(values, columns=[*columns, "channel", "value"])
+
+
+def histograms_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a ledger's rows of histograms as `Comparison.histograms` has them."""
+    import pandas as pd
+
+    columns = [*Replica._fields, "step", "epoch", "layer", "name", "low", "high", "counts"]
+    frame = pd.DataFrame(list(rows), columns=columns)
+    return frame.assign(counts=frame["counts"].map(json.loads))
 
 
 def layers_frame(

@@ -23,7 +23,7 @@ __all__ = ["FILENAME", "Ledger"]
 
 FILENAME = "ledger.sqlite"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
-_VERSION = 3  # Of the schema; also there.
+_VERSION = 4  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
@@ -43,6 +43,11 @@ CREATE TABLE measurement (
     arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
     split TEXT, metric TEXT, value REAL NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
+) WITHOUT ROWID;
+CREATE TABLE histogram (
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
+    layer TEXT, name TEXT, low REAL NOT NULL, high REAL NOT NULL, counts TEXT NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, step, layer, name)
 ) WITHOUT ROWID;
 CREATE TABLE layer (
     arm TEXT, place INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, shape TEXT NOT NULL,
@@ -189,10 +194,11 @@ class Ledger:
                     "another folder with --out"
                 )
         with self._transaction():
-            self._connection.execute(
-                f"DELETE FROM measurement WHERE ({_REPLICA}) NOT IN "
-                f"(SELECT {_REPLICA} FROM replica)"
-            )
+            for table in ("measurement", "histogram"):
+                self._connection.execute(
+                    f"DELETE FROM {table} WHERE ({_REPLICA}) NOT IN "
+                    f"(SELECT {_REPLICA} FROM replica)"
+                )
 
     def begin_session(self, workers: int) -> None:
         """Note that measuring starts: when, with which versions, on what machine.
@@ -256,6 +262,14 @@ class Ledger:
                         for (split, metric), value in event.values.items()
                     ],
                 )
+                self._connection.executemany(
+                    "INSERT INTO histogram VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*event[0], *event[1:3], layer, name, low, high, json.dumps(counts))
+                        for layer, seen in event.histograms.items()
+                        for name, (low, high, counts) in seen.items()
+                    ],
+                )
             elif isinstance(event, Choice):
                 self._connection.execute(
                     "INSERT INTO engine VALUES (?, ?, ?, ?)",
@@ -312,10 +326,11 @@ class Ledger:
         """Return a table's rows in the order of its key.
 
         Args:
-            table: `measurement`, `replica`, `engine`, `session`, `layer` or `learned`.
+            table: `measurement`, `histogram`, `replica`, `engine`, `session`, `layer` or `learned`.
         """
         order = {
             "measurement": f"{_REPLICA}, step, split, metric",
+            "histogram": f"{_REPLICA}, step, layer, name",
             "replica": _REPLICA,
             "engine": "arm",
             "session": "id",

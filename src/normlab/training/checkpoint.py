@@ -11,6 +11,7 @@ from torch import Tensor
 
 from normlab.errors import NormlabError
 from normlab.files import replace
+from normlab.probes import Histogram
 from normlab.training.recipe import Measurement, Outcome, Replica
 
 __all__ = ["load", "save"]
@@ -81,7 +82,7 @@ def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
     if isinstance(event, Outcome):
         return {"outcome": event}
     values = [[split, metric, value] for (split, metric), value in event.values.items()]
-    return {"measurement": event[:3], "values": values}
+    return {"measurement": event[:3], "values": values, "histograms": event.histograms}
 
 
 def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
@@ -90,4 +91,8 @@ def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
         return Outcome(Replica(*replica), *rest)
     replica, step, epoch = event["measurement"]
     values = {(split, metric): value for split, metric, value in event["values"]}
-    return Measurement(Replica(*replica), step, epoch, values)
+    histograms = {
+        layer: {name: Histogram(*each) for name, each in seen.items()}
+        for layer, seen in event["histograms"].items()
+    }
+    return Measurement(Replica(*replica), step, epoch, values, histograms)

@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from normlab.data import Splits, gather
 from normlab.layers import NORM_LAYERS, draw_dropout_from
+from normlab.probes import inside
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
@@ -33,6 +34,7 @@ __all__ = ["Engine", "Fleet"]
 
 _SPAN = 50  # Steps in one call, in which nothing can interrupt it.
 _MASKS = 2**26  # Bytes of dropout masks that are drawn ahead.
+_SHOWN = 128  # Images that histograms of activations are made of.
 _Batch = tuple[program.Pass, int, int]
 """A batch's pass, and where in the shuffled epoch it starts and ends."""
 
@@ -237,8 +239,12 @@ class Fleet:
         ]
 
     def _dropped(self, batch: Tensor) -> list[Tensor]:
-        x = gather(self.splits.dataset.images, batch, self.recipe.scaling)
-        return program.dropped(self.network, x.to(self._parameters[0].dtype))
+        return program.dropped(self.network, self._images(batch))
+
+    def _images(self, indices: Tensor) -> Tensor:
+        """Return images as the network gets them."""
+        x = gather(self.splits.dataset.images, indices, self.recipe.scaling)
+        return x.to(self._parameters[0].dtype)
 
     def pass_for(self, batch_size: int) -> program.Pass:
         """Return the pass for batches of a size; only the usual one is worth more than a trace."""
@@ -350,12 +356,14 @@ class Fleet:
             found = self.evaluate(looked_at, indices)
             for r, (loss, accuracy) in zip(looked_at, found, strict=True):
                 values[r] |= {(split, "loss"): loss, (split, "accuracy"): accuracy}
+        shown = self._images(self.splits.indices["train"][:_SHOWN])
         events: list[Measurement | Outcome] = []
         for r in self.alive:
             replica, seen = self.replicas[r], values.get(r, {})
             if seen and all(map(math.isfinite, seen.values())):
-                epoch = self.step // self.steps_per_epoch
-                events.append(Measurement(replica, self.step, epoch, seen))
+                epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
+                histograms = {} if into_epoch else inside(self.network, self.state(r), shown)
+                events.append(Measurement(replica, self.step, epoch, seen, histograms))
             else:
                 share = self.seconds / len(self.replicas)
                 events.append(Outcome(replica, "diverged", self.step, share))

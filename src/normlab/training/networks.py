@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from normlab.errors import InputError
 from normlab.imports import call, is_function
 from normlab.layers import Dropout
 from normlab.networks import Arm, build_network, parse_arm
+from normlab.probes import outputs
 from normlab.streams import stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
@@ -60,18 +61,12 @@ def layers(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]
     """
     network, found = copy.deepcopy(network).eval(), dict[str, Layer]()
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def see(module: nn.Module, _: Any, output: Any) -> None:
-            shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
-            count = sum(each.numel() for each in module.parameters())
-            found.setdefault(name, Layer(name, type(module).__name__, shape, count))
+    def see(name: str, layer: nn.Module, output: Any) -> None:
+        shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+        count = sum(each.numel() for each in layer.parameters())
+        found.setdefault(name, Layer(name, type(layer).__name__, shape, count))
 
-        return see
-
-    for name, module in network.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(watch(name))
-    with torch.no_grad():
+    with torch.no_grad(), outputs(network, see):
         network(torch.zeros(2, *image_shape))
     return list(found.values())
 

@@ -18,6 +18,7 @@ from normlab.data import SCALINGS, check_dataset
 from normlab.errors import InputError, did_you_mean
 from normlab.imports import is_function
 from normlab.networks import ACTIVATIONS, INITS, check_network
+from normlab.probes import Histogram
 
 __all__ = ["Measurement", "Outcome", "Recipe", "Replica", "Setting"]
 
@@ -65,12 +66,15 @@ class Measurement(NamedTuple):
         values: (split, metric) to value; metrics are `loss` (mean cross-entropy, nats) and
             `accuracy` (a share). The splits are the data's, in eval mode, and `batches`: those of
             the epoch so far, as they were in training, each before its step.
+        histograms: At the end of an epoch what `normlab.probes.inside` sees in eval mode, of the
+            first training images; empty before.
     """
 
     replica: Replica
     step: int
     epoch: int
     values: dict[tuple[str, str], float]
+    histograms: dict[str, dict[str, Histogram]] = {}  # noqa: RUF012 - nobody adds to it
 
 
 class Outcome(NamedTuple):
