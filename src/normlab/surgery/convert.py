@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer
 
 from normlab import layers
 from normlab.errors import InputError, did_you_mean
 from normlab.surgery import fusion
+from normlab.surgery.models import copy_of
 
 __all__ = ["Report", "convert", "convert_with_report"]
 
@@ -107,9 +106,7 @@ rewritten
     if to not in _TARGETS:
         known = ", ".join(map(repr, _TARGETS))
         raise InputError(f"unknown target {to!r}: known are {known}{did_you_mean(to, _TARGETS)}")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"convert expected a torch.nn.Module, got {type(model).__name__}")
-    copied = _copy(model)
+    copied = copy_of(model)
     names = {module: name for name, module in copied.named_modules()}
     found: dict[nn.Module, Any] = {}
     skipped = {}
@@ -135,19 +132,6 @@ rewritten
     unfused = {names[layer]: why for layer, why in reasons.items() if layer not in follows}
     passes = {names[module]: cls for module, cls in rewritten.items()}
     return copied, Report(replaced, unfused, skipped, passes)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy, with a way around what torch cannot copy."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            memo[id(module.process_group)] = module.process_group
-    for buffer in model.buffers():
-        if isinstance(buffer, UninitializedBuffer):
-            options: Any = {"device": buffer.device, "dtype": buffer.dtype}
-            memo[id(buffer)] = UninitializedBuffer(**options)
-    return copy.deepcopy(model, memo)
 
 
 class _SkippedError(Exception):

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.errors import InputError
 from normlab.layers import NORM_LAYERS, NormConstructor, norm_constructor
+from normlab.surgery.models import modes_kept
 
 __all__ = ["exchange_norms"]
 
@@ -80,16 +81,13 @@ def _inputs(model: nn.Module, found: dict[str, Any]) -> Iterator[dict[str, list[
         layer.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, layer in found.items()
     ]
-    modes = {each: each.training for each in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
+            model.eval()
             yield shapes
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_class(name: str, layer: nn.Module) -> None:
