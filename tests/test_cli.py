@@ -334,7 +334,7 @@ def test_a_disk_that_is_full_at_the_report_keeps_the_old_one(run, tmp_path, caps
     assert (tmp_path / "report.html").read_bytes() == (run / "report.html").read_bytes()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, workers):
     arguments = ["compare", *TINY[:-2], "--workers", workers, "--seeds", "40"]
     # A suite that was started in the background would hand down that Ctrl-C is ignored.

@@ -95,7 +95,7 @@ def test_the_users_torch_is_left_as_it_was_found(tiny, tmp_path):
     assert (torch.get_num_threads(), torch.get_default_dtype()) == before[1:]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_killed_at_five_random_moments_a_run_ends_with_the_same_numbers(
     tiny, finished, tmp_path, workers
 ):

@@ -242,7 +242,7 @@ def started(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-@pytest.mark.parametrize("killed_at", [1, 4, *(pytest.param(at, marks=SLOW) for at in (2, 7, 11))])
+@pytest.mark.parametrize("killed_at", [1, *(pytest.param(at, marks=SLOW) for at in (2, 4, 7, 11))])
 def test_the_work_of_a_worker_that_is_killed_is_done_again(started, tmp_path, killed_at):
     recipe = QUICK.model_copy(update={"epochs": 6})
     events, folder = [], tmp_path / "checkpoints"
@@ -306,6 +306,7 @@ def test_normlabs_kernels_do_not_stand_in_for_torchs_layer():
     assert first.seconds.keys() == {"looped, traced"}
 
 
+@SLOW
 def test_compiling_is_tried_where_it_pays_and_changes_no_more_than_roundings(monkeypatch):
     # Adam would make a rounding of a gradient that is nothing as large as any other: hence sgd.
     recipe = QUICK.model_copy(update={"network": "mlp:8", "optimizer": "sgd"})

@@ -197,7 +197,7 @@ def test_options_of_normlabs_own_networks_are_refused():
         Recipe(network="own_networks:small", init="xavier")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_study_of_ones_own_network_is_run_and_shown(tmp_path, workers):
     arms = ["plain", "batch", "batch+dropout:0.5"]
     study = normlab.Study(network="own_networks:small", arms=arms, seeds=2, **QUICK)
