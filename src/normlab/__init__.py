@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normlab.study import Study
     from normlab.surgery.convert import convert
     from normlab.surgery.freeze import freeze, unfreeze
+    from normlab.surgery.recalibrate import adapt, recalibrate
     from normlab.training import Trainer
 
 __version__ = _version("normlab")
@@ -44,10 +45,12 @@ __all__ = [
     "Study",
     "SyncBatchNorm",
     "Trainer",
+    "adapt",
     "batch_norm",
     "compare",
     "convert",
     "freeze",
+    "recalibrate",
     "unfreeze",
 ]
 
@@ -58,9 +61,11 @@ _HOMES = {
     "Comparison": "comparison",
     "Study": "study",
     "Trainer": "training",
+    "adapt": "surgery",
     "compare": "comparison",
     "convert": "surgery",
     "freeze": "surgery",
+    "recalibrate": "surgery",
     "unfreeze": "surgery",
 }
 
