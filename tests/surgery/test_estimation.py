@@ -162,6 +162,18 @@ def test_masks_that_do_not_fit_are_the_layers_to_refuse():
             over_all(layer, [{"input": torch.ones(4, 3, 5), "mask": mask}])
 
 
+def test_layers_without_running_statistics_can_be_looked_at_too():
+    x = randn(4, 3)
+    found = over_all(nn.BatchNorm1d(3, track_running_stats=False).double(), [x], by_batch=False)
+    assert_right(found.layers[""], x)
+
+
+def test_a_single_value_has_no_unbiased_variance():
+    found = over_all(nn.BatchNorm1d(3), [torch.ones(1, 3)], by_batch=False).layers[""]
+    assert found.var.tolist() == [0] * 3
+    assert found.unbiased_var.isnan().all()
+
+
 def test_ghost_batches_are_one_batch():
     x = randn(12, 3)
     found = over_all(normlab.BatchNorm1d(3, ghost_size=4).double(), [x]).layers[""]
@@ -332,9 +344,13 @@ def test_compiled_code_is_seen_too():
     [
         (nn.BatchNorm1d(3), [], "expected at least one batch, got none"),
         (nn.BatchNorm1d(3), iter([]), "expected at least one batch, got none"),
-        (nn.BatchNorm1d(3), torch.ones(4, 3), "expected an iterable of batches, got a Tensor: put"),
-        (nn.BatchNorm1d(3), {"x": torch.ones(4, 3)}, "expected an iterable of batches, got a dict"),
-        (nn.BatchNorm1d(3), 3, "expected an iterable of batches, got a int"),
+        (nn.BatchNorm1d(3), torch.ones(4, 3), "such as a DataLoader, got a Tensor: put"),
+        (
+            nn.BatchNorm1d(3),
+            {"x": torch.ones(4, 3)},
+            "expected an iterable of batches, .* got a dict",
+        ),
+        (nn.BatchNorm1d(3), 3, "expected an iterable of batches, .* got a int"),
         (nn.BatchNorm1d(3), [3], "a batch is a int"),
         (
             nn.Sequential(nn.BatchNorm1d(3)),

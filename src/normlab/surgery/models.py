@@ -94,13 +94,12 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     if getattr(module, name) is not buffer:
                         setattr(module, name, buffer)
             for buffer, value in values:
-                if not torch.equal(buffer, value):  # The others need not look changed to autograd.
-                    buffer.copy_(value)
+                buffer.copy_(value)
 
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators their states back at the end."""
+    """Give global generators their states back at the end: Python's, NumPy's, CPU's and CUDA's."""
     pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
     # Of a device that was never used there is no state, and asking would start it.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
