@@ -268,26 +268,295 @@ BETWEEN = {
 }
 
 
+def built(kind):
+    """Two layers that no conversion made, so that nothing is remembered."""
+    first, second = BETWEEN[kind]
+    if first is nn.GroupNorm:
+        groups = 1 if kind == "layer" else 2
+        made = [nn.GroupNorm(groups, 4), nn.LayerNorm(4) if groups == 1 else nn.GroupNorm(2, 4)]
+    else:
+        made = [first(4), second(4)]
+    if kind == "ghost:2":
+        made[0].ghost_size = made[1].ghost_size = 2
+    return prepared(nn.Sequential(made[0], nn.Flatten(), nn.Linear(16, 4), made[1]))
+
+
 @pytest.mark.parametrize("start", BETWEEN)
 @pytest.mark.parametrize("to", BETWEEN)
 def test_from_each_to_each(start, to):
-    """Built by torch, not by a conversion, so that nothing is remembered."""
-    first, second = (cls(*_arguments(cls, 4)) for cls in BETWEEN[start])
-    if start == "ghost:2":
-        first.ghost_size = second.ghost_size = 2
-    model = prepared(nn.Sequential(first, nn.Flatten(), nn.Linear(16, 4), second))
-    x = torch.randn(3, 4, 2, 2)
+    model, x = built(start), torch.randn(4, 4, 2, 2)
     converted, report = convert(model, to, example=x)
-    assert converted(x).shape == (3, 4)
-    alike = {start, to} in ({"batch", "sync"}, {"layer", "rms"})
-    if start != to and not (start == "sync" and to == "batch"):
-        kinds = (nn.SyncBatchNorm,) * 2 if (start, to) == ("sync", "torch-batch") else BETWEEN[to]
-        assert tuple(type(converted[i]) for i in (0, 3)) == kinds
-        assert set(report.replaced) == {"0", "3"}
-    assert converted[0].weight.equal(model[0].weight)
-    if alike or getattr(converted[0], "bias", None) is not None is not getattr(first, "bias", None):
-        assert converted[0].bias.equal(first.bias)
+    types = BETWEEN[to]
+    if start == "sync" and to in ("batch", "torch-batch"):  # Each has a synchronized layer.
+        types = ((nn if to == "torch-batch" else normlab).SyncBatchNorm,) * 2
+    assert (type(converted[0]), type(converted[3])) == types
+    already = start == to or (start, to) == ("sync", "batch")
+    assert set(report.replaced) == (set() if already else {"0", "3"})
+    assert getattr(converted[0], "ghost_size", None) == (2 if to == "ghost:2" else None)
+    for i in (0, 3):
+        assert converted[i].weight.equal(model[i].weight)
+        if hasattr(converted[i], "bias") and hasattr(model[i], "bias"):
+            assert converted[i].bias.equal(model[i].bias)
+    if to != "torch-batch" or start != "sync":  # Which refuses tensors on a CPU.
+        assert converted(x).shape == (4, 4)
 
 
-def _arguments(cls, channels):
-    return (2, channels) if cls is nn.GroupNorm else (channels,)
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("grop:8", r"unknown target 'grop:8': .* \(did you mean group:8\?\)"),
+        ("ghost:0", "'ghost:0': expected the samples in a ghost batch, as in ghost:32"),
+        ("ghost", "'ghost': expected the samples"),
+        ("group:x", "'group:x': group norm wants its number of groups"),
+        ("sync:2", "unknown target 'sync:2'"),
+        (None, "unknown target None"),
+    ],
+    ids=str,
+)
+def test_unknown_kinds(to, message):
+    with pytest.raises(InputError, match=message):
+        convert(nn.ReLU(), to)
+
+
+def flat(*layers):
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+REFUSED = {
+    "one value a channel": (
+        flat(nn.BatchNorm1d(12)),
+        "instance",
+        "1: BatchNorm1d gets one value per channel and sample",
+    ),
+    "one position": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)),
+        "instance",
+        "1: BatchNorm2d gets one value per channel and sample",
+    ),
+    "one value a group": (flat(nn.BatchNorm1d(12)), "group:12", "1: group:12 on a layer of 12"),
+    "one value a group at one position": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)),
+        "group:3",
+        "1: group:3 on a layer of 3",
+    ),
+    "not divided": (nn.Sequential(nn.BatchNorm2d(3)), "group:2", "0: group:2 does not divide"),
+    "the model itself": (nn.BatchNorm2d(3), "group:2", "the model: group:2 does not divide"),
+    "not called": (
+        nn.ModuleDict({"unused": nn.BatchNorm1d(3)}),
+        "layer",
+        "unused: BatchNorm1d is not called",
+    ),
+}
+
+
+class Ignores(nn.ModuleDict):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(("model", "to", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_has_no_equivalent_is_named(model, to, message, inplace):
+    if isinstance(model, nn.ModuleDict):
+        model = Ignores(dict(model.items()))
+    before = pickle.dumps(model)
+    with pytest.raises(InputError, match=f"^{message}"):
+        convert(model, to, example=torch.rand(2, 3, 2, 2), inplace=inplace)
+    assert pickle.dumps(model) == before
+
+
+@pytest.mark.parametrize(
+    ("layer", "to"),
+    [
+        (nn.BatchNorm1d(4), "layer"),
+        (nn.BatchNorm1d(4), "instance"),
+        (nn.BatchNorm1d(4), "group:4"),
+        (nn.SyncBatchNorm(4), "instance"),
+        (nn.LayerNorm(4), "rms"),
+        (nn.LayerNorm((4, 2)), "group:2"),
+        (nn.GroupNorm(2, 4), "layer"),
+    ],
+    ids=str,
+)
+def test_where_an_example_is_needed_it_says_so(layer, to):
+    message = rf"^0: {type(layer).__name__} may get \(N, C\) or more.*: pass example="
+    with pytest.raises(InputError, match=message):
+        convert(nn.Sequential(layer), to)
+
+
+@pytest.mark.parametrize(
+    ("layer", "to", "made"),
+    [
+        (nn.BatchNorm1d(4), "group:2", nn.GroupNorm),
+        (nn.BatchNorm2d(4), "layer", nn.GroupNorm),
+        (nn.BatchNorm3d(4), "instance", nn.InstanceNorm3d),
+        (nn.BatchNorm1d(4), "rms", RMSNorm),
+        (nn.BatchNorm1d(4), "none", nn.Identity),
+        (nn.SyncBatchNorm(4), "group:4", None),
+        (nn.LayerNorm(4), "none", nn.Identity),
+        (nn.InstanceNorm2d(4), "group:4", nn.GroupNorm),
+    ],
+    ids=str,
+)
+def test_where_no_example_is_needed(layer, to, made):
+    if made is None:
+        with pytest.raises(InputError, match="pass example="):
+            convert(nn.Sequential(layer), to)
+    else:
+        converted, report = convert(nn.Sequential(layer), to)
+        assert type(converted[0]) is made
+        assert report.error is None
+
+
+def test_layers_that_never_were_batch_norms_become_some_only_with_an_example():
+    model = prepared(nn.Sequential(nn.BatchNorm2d(3), nn.GroupNorm(3, 3), nn.InstanceNorm2d(3)))
+    converted, report = convert(model)
+    assert [type(each) for each in converted] == [
+        normlab.BatchNorm2d,
+        nn.GroupNorm,
+        nn.InstanceNorm2d,
+    ]
+    why = "becomes a batch norm only with example=, an input of the network"
+    assert report.skipped == {"1": f"GroupNorm {why}", "2": f"InstanceNorm2d {why}"}
+    converted, report = convert(model, example=X)
+    assert [type(each) for each in converted] == [normlab.BatchNorm2d] * 3
+    assert report.error > 0
+
+
+def test_layer_norms_over_the_last_axis_are_left():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(6), nn.LayerNorm((3, 6, 6)))
+    converted, report = convert(model, "rms", example=X)
+    assert [type(each) for each in converted] == [RMSNorm, nn.LayerNorm, RMSNorm]
+    assert list(report.skipped) == ["1"]
+    assert "normalizes the last axes of (4, 3, 6, 6)" in report.skipped["1"]
+    assert report.kept["2"] == "weight, bias"  # They are not per channel.
+
+
+class Twice(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_what_may_be_more_than_a_norm_is_left():
+    model = nn.Sequential(Twice(3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Softplus())
+    model[3].extra = nn.Parameter(torch.ones(3))
+    for kind in ("rms", "none"):
+        _, report = convert(model, kind)
+        assert not report.replaced
+        assert report.skipped == {
+            "0": "its class Twice has forward of its own",
+            "1": "it has not seen a batch yet, and so knows no channels",
+            "2": report.skipped["2"],
+            "3": "it has extra of its own",
+        }
+        assert "of its own" in report.skipped["2"]
+
+
+@pytest.mark.parametrize("kind", ["group:2", "layer", "rms"])
+def test_inputs_without_positions_are_normalized_right(kind):
+    model = prepared(nn.Sequential(nn.BatchNorm1d(4))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    found = convert(model, kind, example=x)[0](x)
+    groups = x.view(3, 2, 2) if kind == "group:2" else x.view(3, 1, 4)
+    mean = 0 if kind == "rms" else groups.mean(2, keepdim=True)
+    normal = (groups - mean) / ((groups - mean).square().mean(2, keepdim=True) + 1e-5).sqrt()
+    shift = 0 if kind == "rms" else model[0].bias
+    assert_close(found, normal.view(3, 4) * model[0].weight + shift, rtol=1e-10, atol=1e-10)
+
+
+def test_examples_as_a_loader_yields_them():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    for example in ((torch.rand(2, 3), "labels"), {"input": torch.rand(2, 3)}):
+        assert type(convert(model, "layer", example=example)[0][0]) is nn.LayerNorm
+    forward = lambda model, batch: model(batch["x"].flatten(1))  # noqa: E731
+    example = {"x": torch.rand(2, 3, 1)}
+    converted, _ = convert(model, "layer", example=example, forward=forward)
+    assert type(converted[0]) is nn.LayerNorm
+    with pytest.raises(InputError, match="a batch is a str"):
+        convert(model, "layer", example="x")
+
+
+class Counting(nn.Module):
+    """Counts in a buffer, and draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.norm(x) + torch.rand(())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_else_changes(inplace):
+    model = Counting().train()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    converted, _ = convert(model, "layer", calibrate=[X, X], inplace=inplace)
+    assert torch.get_rng_state().equal(state)
+    assert (converted is model) == inplace
+    assert converted.calls == 0
+    assert all(each.training and not each._forward_pre_hooks for each in converted.modules())
+
+
+@pytest.mark.parametrize("kind", ["group:2", "torch-batch"])
+def test_a_failure_in_place_leaves_every_bit(kind):
+    model, _ = convert(network())
+    model.append(normlab.BatchNorm1d(6 if kind == "torch-batch" else 5))
+    before, shown, hold = seen(model), pickle.dumps(model), model[1]
+    calls = []
+
+    def forward(each, batch):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyError("mine")
+        return each[:12](batch)
+
+    with pytest.raises((InputError, KeyError)):
+        convert(model, kind, example=X, forward=forward, inplace=True)
+    assert model[1] is hold
+    assert seen(model) == before
+    assert pickle.dumps(model) == shown
+
+
+def test_a_graph_is_put_back_after_a_failure():
+    model, _ = convert(fx.symbolic_trace(prepared(Block(3))))
+    before, code = outputs(model), model.code
+
+    def forward(*_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        convert(model, "group:1", example=X, forward=forward, inplace=True)
+    assert model.code == code
+    assert outputs(model).equal(before)
+
+
+def test_types_follow_on_the_way_back():
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4)))
+    back, _ = convert(convert(model, "group:2")[0].double(), "torch-batch")
+    assert back[0].running_mean.dtype == back[0].weight.dtype == torch.float64
+    assert back[0].num_batches_tracked.dtype == torch.int64
+    assert back[0].running_mean.float().equal(model[0].running_mean)
+    half = nn.Sequential(normlab.BatchNorm2d(4, float32_statistics=True)).bfloat16()
+    back, _ = convert(convert(half, "rms")[0], "batch")
+    assert back[0].running_mean.dtype == torch.float32
+    assert back[0].bias.dtype == torch.bfloat16
+
+
+def test_the_report_reads_well():
+    model = network()
+    _, report = convert(convert(model)[0], "none", example=X)
+    lines = str(report).splitlines()
+    assert lines[0] == "6 norm layers replaced; 0 left as they were"
+    assert lines[1].startswith("  outputs changed by ")
+    assert lines[2:4] == [
+        "  1: Identity (was BatchNorm2d) (kept for the way back: weight, bias, running_mean, "
+        "running_var, num_batches_tracked)",
+        "  3.bn1: Identity (was BatchNorm2d) (kept for the way back: weight, bias, running_mean, "
+        "running_var, num_batches_tracked)",
+    ]
+    assert lines[-1] == "  11: Sigmoid again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ from normlab.surgery.kinds import (
     kinds_of,
     parse,
     spatial_dimensions,
+    with_what_follows,
 )
 from normlab.surgery.memory import Memory, become, memories, undo
 from normlab.surgery.models import Forward, copy_of, put_back_on_failure, run_on
+from normlab.surgery.report import Report
 from normlab.surgery.standins import STANDIN_FOR, STANDINS, ChannelScale, Follows
 from normlab.surgery.unfusing import unfuse
 
-__all__ = ["Report", "convert"]
+__all__ = ["convert"]
 
 _NORMS = (*NORM_LAYERS, ChannelScale)
 _CLASSES = {
@@ -53,78 +55,6 @@ _TENSORS = (
     *("weight", "bias", "running_mean", "running_var"),
     *("num_batches_tracked", "num_batches_skipped"),
 )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did. Keys are qualified names of modules, "" for the model itself.
-
-    Attributes:
-        to: The kind that was asked for.
-        replaced: What took a layer's place, and what it does: "BatchNorm2d + add + relu".
-        unfused: Why a replaced layer does not do what follows it, where it could.
-        skipped: Why a norm layer was left as it was.
-        rewritten: Modules whose forward pass is now the code of a graph, with their class.
-        restored: Modules that do again what a layer did for them, with their class: activations,
-            and those whose forward pass is their class's again.
-        kept: What a layer's kind has no room for, and is kept on it for the way back.
-        returned: What came back as it was before an earlier conversion; running statistics among it
-            may be stale, and `normlab.recalibrate` renews them.
-        explained: By calibrated layer, the share of the variance of the old layer's output that its
-            own explains, R².
-        error: ‖new − old‖ / ‖old‖ of the model's outputs in eval mode, over the batches of
-            `calibrate`, or else on `example`; None if there was neither.
-        uncalibrated: The same before calibrating; None without `calibrate`.
-    """
-
-    to: str
-    replaced: dict[str, str]
-    unfused: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    rewritten: dict[str, str] = field(default_factory=dict)
-    restored: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    returned: dict[str, str] = field(default_factory=dict)
-    explained: dict[str, float] = field(default_factory=dict)
-    error: float | None = None
-    uncalibrated: float | None = None
-
-    def __str__(self) -> str:
-        kind = parse(self.to)
-        fused = sum("+" in what for what in self.replaced.values())
-        head = f"{len(self.replaced)} {'batch ' if kind.is_batch else ''}norm layers replaced"
-        if kind.follows:
-            head += f", {fused} with what follows them"
-        head += f"; {len(self.skipped)} left as they were"
-        if kind.follows:
-            head += f"; {len(self.rewritten)} forward passes rewritten"
-        lines = [head]
-        if self.uncalibrated is not None:
-            lines.append(
-                f"  outputs changed by {self.error:.2%}; by {self.uncalibrated:.2%} without "
-                "calibrating"
-            )
-        elif self.error is not None:
-            lines.append(f"  outputs changed by {self.error:.2%} on the example")
-        for name, what in self.replaced.items():
-            notes = [self.unfused[name]] if name in self.unfused else []
-            if name in self.kept:
-                notes.append(f"kept for the way back: {self.kept[name]}")
-            if name in self.returned:
-                stale = ", statistics perhaps stale" if "running" in self.returned[name] else ""
-                notes.append(f"as before: {self.returned[name]}{stale}")
-            if name in self.explained:
-                notes.append(f"R² {self.explained[name]:.4f}")
-            lines.append(
-                f"  {name or 'the model'}: {what}{f' ({chr(59).join(notes)})' * bool(notes)}"
-            )
-        for found, word in (
-            (self.skipped, "left, {}"),
-            (self.rewritten, "forward pass of {} rewritten"),
-            (self.restored, "{} again"),
-        ):
-            lines += [f"  {name or 'the model'}: {word.format(it)}" for name, it in found.items()]
-        return "\n".join(lines)
 
 
 def convert(
@@ -255,7 +185,7 @@ class _Conversion:
             now = _name(type(layer))
             what = now + _what(layer, follows.get(layer))
             report.replaced[names[layer]] = what + f" (was {_name(was)})" * (_name(was) != now)
-        return Report(**vars(report) | {"error": change, "uncalibrated": uncalibrated})
+        return replace(report, error=change, uncalibrated=uncalibrated)
 
     def _found(self) -> list[Any]:
         """Return the layers to convert, and note which other norms are left."""
@@ -289,17 +219,27 @@ class _Conversion:
         lazy = any(map(is_lazy, (*layer.parameters(), *layer.buffers())))
         if lazy and (not self.kind.is_batch or self.kind.name == "sync"):
             raise _SkippedError("it has not seen a batch yet, and so knows no channels")
-        never = not any(issubclass(each, _BatchNorm) for each in (cls, *_classes_before(layer)))
+        before = [each.cls for each in memories(layer)]
+        never = not any(issubclass(each, _BatchNorm) for each in (cls, *before))
         if self.kind.is_batch and never and not self.samples:
             raise _SkippedError(
-                f"a {cls.__name__}, which becomes a batch norm only with example=, an input of "
-                "the network"
+                f"{cls.__name__} becomes a batch norm only with example=, an input of the network"
             )
 
     def _steps_back(self, layer: nn.Module) -> int:
         """Return how many conversions ago a layer was what is asked for; 0 if it never was."""
         before = enumerate(memories(layer), 1)
         return next((step for step, each in before if self.kind.name in each.kinds), 0)
+
+    def _detour(self, layer: nn.Module) -> int:
+        """Return how many conversions to take back before going on to what a layer never was."""
+        before = [each.cls for each in memories(layer)]
+        if self.kind.is_batch and not isinstance(layer, _BatchNorm):
+            # A batch norm has its running statistics from the last one before.
+            return next((i for i, each in enumerate(before, 1) if issubclass(each, _BatchNorm)), 0)
+        # An identity does not know its channels, nor a synchronized layer its dimensions; what
+        # they were does.
+        return int(bool(before) and isinstance(layer, (nn.Identity, layers.SyncBatchNorm)))
 
     def _convert(self, layer: Any, calls: list[Call] | None, calibrate: bool) -> bool:
         """Convert a layer in place, and tell whether it normalizes in another way now."""
@@ -311,12 +251,9 @@ class _Conversion:
                 raise _SkippedError(str(error).partition(": ")[2]) from None
         returned: set[str] = set()
         steps = self._steps_back(layer)
-        # An identity does not know its channels, nor a synchronized layer its dimensions; what
-        # they were does.
-        unsure = isinstance(layer, (nn.Identity, layers.SyncBatchNorm)) and bool(memories(layer))
-        for _ in range(steps or unsure):
+        for _ in range(steps or self._detour(layer)):
             returned.update(undo(layer))
-        if not steps:
+        if not steps and self.kind.name not in kinds_of(layer):
             self._go_on(layer, calls, calibrate)
         alike = was_batch and isinstance(layer, _BatchNorm)
         tensors = {**layer._parameters, **layer._buffers}
@@ -346,7 +283,7 @@ class _Conversion:
                 cls = TO_TORCH[base]
             else:
                 cls = TO_OURS.get(base, base)
-            new, living = _other_batch_norm(layer, cls, kind.ghost_size, name)
+            new, living = _other_batch_norm(name, layer, cls, kind.ghost_size, calls)
             become(layer, new, living, kinds)
             return
         if not calls and spatial_dimensions(layer) is not None:
@@ -389,12 +326,8 @@ def _name(cls: type[nn.Module]) -> str:
     return STANDIN_FOR.get(cls, cls).__name__
 
 
-def _classes_before(layer: nn.Module) -> list[type[nn.Module]]:
-    return [each.cls for each in memories(layer)]
-
-
 def _other_batch_norm(
-    layer: Any, cls: Any, ghost_size: int | None, name: str
+    name: str, layer: Any, cls: Any, ghost_size: int | None, calls: list[Call] | None
 ) -> tuple[nn.Module, set[str]]:
     """Return a batch norm layer of another class with the tensors of one, and what it has of it."""
     new = cls.__new__(cls)
@@ -414,9 +347,7 @@ def _other_batch_norm(
             vars(new).pop(each, None)
         new._buffers.pop("num_batches_skipped", None)
         new._non_persistent_buffers_set.discard("num_batches_skipped")
-        if layer.activation is not None:
-            new.__class__ = STANDINS[cls]
-            vars(new).update(activation=layer.activation, negative_slope=layer.negative_slope)
+        new = with_what_follows(name, layer, new, calls or [])
     if issubclass(cls, nn.SyncBatchNorm):
         vars(new)["process_group"] = layer.process_group
     names = {*vars(layer), *layer._parameters, *layer._buffers}

@@ -30,6 +30,7 @@ __all__ = [
     "kinds_of",
     "parse",
     "spatial_dimensions",
+    "with_what_follows",
 ]
 
 NAMES = ("batch", "torch-batch", "sync", "ghost:32", "group:8", "layer", "instance", "rms", "none")
@@ -114,7 +115,9 @@ def parse(name: str, *, calibrated: bool = False) -> Kind:
         return Kind(name, True, ghost, size)
     if (word not in ("group", *NAMES)) or (colon and word != "group"):
         known = ", ".join(map(repr, NAMES))
-        raise InputError(f"unknown target {name!r}: known are {known}{did_you_mean(name, NAMES)}")
+        raise InputError(
+            f"unknown target {name!r}: known are {known}{did_you_mean(str(name), NAMES)}"
+        )
     if word == "none":
         scale: NormConstructor = lambda channels, _: ChannelScale(channels)  # noqa: E731
         return Kind(name, False, scale if calibrated else None)
@@ -213,7 +216,8 @@ def equivalent(
         InputError: There is none.
     """
     if construct is None:
-        return _with_what_follows(name, layer, nn.Identity(), calls or []), []
+        new = with_what_follows(name, layer, nn.Identity(), calls or [])
+        return new, _carry_attributes(layer, new)
     if calls is not None and not calls:
         raise InputError(f"{name}: {type(layer).__name__} is not called when the network is")
     for call in calls or ():
@@ -221,8 +225,9 @@ def equivalent(
     new = _construct(name, layer, construct, calls)
     if isinstance(new, _BatchNorm) and isinstance(layer, _BatchNorm):
         options = (layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        new = type(new)(layer.num_features, *options)
-    new = _with_what_follows(name, layer, new, calls or [])
+        ghosts: dict[str, Any] = {"ghost_size": new.ghost_size} if is_ours(new) else {}
+        new = type(new)(layer.num_features, *options, **ghosts)
+    new = with_what_follows(name, layer, new, calls or [])
     for each in (*layer.parameters(), *layer.buffers()):
         if each.is_floating_point():
             new.to(each.device, each.dtype)
@@ -234,10 +239,14 @@ def equivalent(
             if value is not None and other is not None and value.shape == other.shape:
                 group[each] = other
                 living.append(each)
-    for each in (name for name in vars(layer) if name[0] != "_" and name not in _OWN):
-        vars(new)[each] = vars(layer)[each]
-        living.append(each)
-    return new, living
+    return new, living + _carry_attributes(layer, new)
+
+
+def _carry_attributes(layer: nn.Module, new: nn.Module) -> list[str]:
+    """Give a new layer what the user has set on the old one, and return the names of that."""
+    users = [name for name in vars(layer) if name[0] != "_" and name not in _OWN]
+    vars(new).update({name: vars(layer)[name] for name in users})
+    return users
 
 
 def check_shape(name: str, layer: nn.Module, shape: tuple[int, ...]) -> None:
@@ -314,7 +323,7 @@ def _channels(layer: Any) -> int:
     return 0 if weight is None else len(weight)
 
 
-def _with_what_follows(name: str, layer: Any, new: nn.Module, calls: list[Call]) -> nn.Module:
+def with_what_follows(name: str, layer: Any, new: nn.Module, calls: list[Call]) -> nn.Module:
     """Let a layer add and activate if the one before it does so itself."""
     if is_ours(new):
         given = {each: getattr(layer, each) for each in OPTIONS if hasattr(layer, each)}

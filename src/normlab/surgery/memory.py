@@ -19,7 +19,8 @@ __all__ = ["Memory", "become", "memories", "undo"]
 _ATTRIBUTE = "_was_before_conversion"
 _TENSORS = ("_parameters", "_buffers")
 # A module's mode, hooks and submodules, whatever its class.
-_COMMON = vars(nn.Module()).keys() - {*_TENSORS, "_non_persistent_buffers_set"}
+_OF_A_CLASS = {*_TENSORS, "_non_persistent_buffers_set"}
+_COMMON = vars(nn.Module()).keys() - _OF_A_CLASS
 
 
 class Memory(NamedTuple):
@@ -65,7 +66,7 @@ def become(
     >>> layer
     BatchNorm2d(4, ...)
     """
-    before, living = vars(layer), {*living} - {_ATTRIBUTE}
+    before, living = vars(layer), {*living} - {_ATTRIBUTE, *_OF_A_CLASS}
     after = vars(new) | {name: before[name] for name in _COMMON}
     after.pop(_ATTRIBUTE, None)
     tensors = [each for kind in _TENSORS for each in before[kind].values()]

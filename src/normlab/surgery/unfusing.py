@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.nn.functional as F
@@ -52,9 +53,9 @@ def unfuse(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _insert(module: fx.GraphModule) -> bool:
-    """Put into a graph what layers took out of it."""
-    changed = False
-    for node in list(module.graph.nodes):
+    """Put into a copy of a graph what layers took out of it, and the copy in its place."""
+    changed, graph = False, copy.deepcopy(module.graph)
+    for node in list(graph.nodes):
         layer: Any = module.get_submodule(node.target) if node.op == "call_module" else None
         while isinstance(layer, nn.Sequential) and len(layer):
             layer = layer[-1]
@@ -62,16 +63,16 @@ def _insert(module: fx.GraphModule) -> bool:
             continue
         changed, (_, *residual) = True, node.args
         users = list(node.users)
-        with module.graph.inserting_after(node):
+        with graph.inserting_after(node):
             last = node
             if residual:
-                last = module.graph.call_method("add", (node, *residual))
+                last = graph.call_method("add", (node, *residual))
                 node.args = node.args[:1]
-        with module.graph.inserting_after(last):
+        with graph.inserting_after(last):
             slope = (layer.negative_slope,) if layer.activation == "leaky_relu" else ()
-            last = module.graph.call_function(_FUNCTIONS[layer.activation], (last, *slope))
+            last = graph.call_function(_FUNCTIONS[layer.activation], (last, *slope))
         for user in users:
             user.replace_input_with(node, last)
     if changed:
-        module.recompile()
+        module.graph = graph
     return changed
