@@ -560,3 +560,15 @@ def test_the_report_reads_well():
         "running_var, num_batches_tracked)",
     ]
     assert lines[-1] == "  11: Sigmoid again"
+
+
+def test_a_lazy_layer_does_not_come_back_as_what_it_no_longer_is():
+    ours, _ = convert(nn.Sequential(nn.LazyBatchNorm2d()), "ghost:2")
+    assert type(ours[0]) is normlab.LazyBatchNorm2d
+    back, _ = convert(ours, "torch-batch")
+    assert type(back[0]) is nn.LazyBatchNorm2d
+    ours(X)
+    back, _ = convert(ours, "torch-batch")
+    assert type(back[0]) is nn.BatchNorm2d
+    assert back(X).shape == X.shape
+    assert back[0].num_batches_tracked == 1 + ours[0].num_batches_tracked
