@@ -1,6 +1,6 @@
 """Surgery on networks that exist: it works on a copy, and keeps everything or names what not."""
 
-from normlab.surgery.convert import Report, convert, convert_with_report
+from normlab.surgery.convert import convert
 from normlab.surgery.estimation import Estimate, Estimates, estimate
 from normlab.surgery.exchange import exchange_norms
 from normlab.surgery.freeze import FreezeReport, freeze, is_frozen, unfreeze
@@ -11,6 +11,7 @@ from normlab.surgery.recalibrate import (
     adapt,
     recalibrate,
 )
+from normlab.surgery.report import Report
 
 __all__ = [
     "Drift",
@@ -22,7 +23,6 @@ __all__ = [
     "Report",
     "adapt",
     "convert",
-    "convert_with_report",
     "estimate",
     "exchange_norms",
     "freeze",

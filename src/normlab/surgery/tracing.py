@@ -27,7 +27,15 @@ from torch import fx, nn
 
 from normlab.errors import InputError
 
-__all__ = ["Trace", "in_place", "names_read", "public_methods", "rewrite", "trace"]
+__all__ = [
+    "Trace",
+    "before_rewriting",
+    "in_place",
+    "names_read",
+    "public_methods",
+    "rewrite",
+    "trace",
+]
 
 
 class Trace(NamedTuple):
@@ -295,6 +303,14 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> None:
     module.__class__ = _subclass(type(module), code.src, scope, sorted(fixed))
 
 
+_BEFORE = "_before_rewriting"
+
+
+def before_rewriting(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the class that a module had before `rewrite`; None if it was not rewritten."""
+    return vars(cls).get(_BEFORE)
+
+
 def _subclass(
     base: type[nn.Module], source: str, scope: dict[str, Any], fixed: list[str]
 ) -> type[nn.Module]:
@@ -325,6 +341,7 @@ def _subclass(
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "__setattr__": set_attribute,
+        _BEFORE: base,
         "forward": namespace["forward"],
     }
     return types.new_class(base.__name__, (base,), {}, lambda body: body.update(attributes))
