@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
     from normlab.study import Study
     from normlab.surgery.convert import convert
+    from normlab.surgery.fold import fold
     from normlab.training import Trainer
 
 __version__ = _version("normlab")
@@ -46,6 +47,7 @@ __all__ = [
     "batch_norm",
     "compare",
     "convert",
+    "fold",
 ]
 
 # A network that only wants the layers should not wait for pydantic and rich, so these names are
@@ -57,6 +59,7 @@ _HOMES = {
     "Trainer": "training",
     "compare": "comparison",
     "convert": "surgery",
+    "fold": "surgery",
 }
 
 if not TYPE_CHECKING:  # A checker that saw this would take any misspelt name for one of ours.

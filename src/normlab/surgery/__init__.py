@@ -2,5 +2,6 @@
 
 from normlab.surgery.convert import Report, convert, convert_with_report
 from normlab.surgery.exchange import exchange_norms
+from normlab.surgery.fold import FoldReport, fold
 
-__all__ = ["Report", "convert", "convert_with_report", "exchange_norms"]
+__all__ = ["FoldReport", "Report", "convert", "convert_with_report", "exchange_norms", "fold"]
