@@ -24,6 +24,7 @@ class Into(NamedTuple):
 class Activated(nn.Module):
     """What stays of a normlab batch norm that added a residual: the addition and the activation.
 
+    >>> import torch
     >>> Activated(nn.ReLU())(torch.tensor([-3.0]), torch.tensor([1.0]))
     tensor([0.])
     """
