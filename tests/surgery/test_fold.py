@@ -307,6 +307,11 @@ class Doubled(nn.Conv2d):
         return 2 * F.conv2d(x, self.weight, self.bias)
 
 
+class Biasless(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
 class DoubledNorm(nn.BatchNorm2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -347,6 +352,7 @@ PARAMETRIZED = nn.utils.parametrizations.weight_norm
         (pair(Standardized(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: mean, sub"),
         (pair(Doubled(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: convolution"),
         (pair(nn.Conv2d(4, 4, 1), DoubledNorm(4)), "the forward of its class DoubledNorm does"),
+        (pair(Biasless(4, 4, 1, bias=False), nn.BatchNorm2d(4)), "its own, which reads no bias"),
         (pair(nn.BatchNorm2d(4), Padded(4, 4, 2)), "1, the layer after it, has a forward of its"),
         (nn.BatchNorm2d(4).eval(), "no convolution or linear layer makes its input"),
     ],
@@ -782,3 +788,105 @@ def test_onnxruntime_runs_what_is_folded(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(found), folded(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+# Functional calls.
+
+
+class Functional(nn.Module):
+    """Owns the tensors of a layer and a batch norm, and a way to call them."""
+
+    def __init__(self, call, **modules):
+        super().__init__()
+        self.call = call
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.w = nn.Parameter(torch.empty(6, 2, 3, 3))
+        self.b = nn.Parameter(torch.empty(6))
+        self.gamma, self.beta = nn.Parameter(torch.empty(6)), nn.Parameter(torch.empty(6))
+        self.register_buffer("mean", torch.empty(6))
+        self.register_buffer("running_var", torch.empty(6))
+
+    def _norm(self, x):
+        return F.batch_norm(
+            x, self.mean, self.running_var, self.gamma, self.beta, self.training, eps=0.1
+        )
+
+    def forward(self, x):
+        return self.call(self, x).relu()
+
+
+def whole(self, x):
+    return self._norm(F.conv2d(x, self.w, self.b, groups=2, stride=2))
+
+
+def test_functional_layers_and_batch_norms():
+    model = nn.Sequential(Functional(whole), nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3))
+    folded = {"0.batch_norm0": ("0.layer0", "before"), "2": ("1", "before")}
+    result, report = assert_folded(model, image(2), folded)
+    assert {"0.w", "0.b", "0.gamma", "0.beta", "0.mean", "0.running_var"} < set(report.removed)
+    assert report.added == ("0.layer0.weight", "0.layer0.bias")
+    assert result[0].layer0.groups == 2
+    assert result[0].layer0.weight.shape == (6, 2, 3, 3)
+    assert isinstance(result[0], Functional)
+    again = pickle.loads(pickle.dumps(result))
+    assert_close(again(image(2)), result(image(2)), rtol=0, atol=0)
+
+
+def test_a_functional_batch_norm_after_a_module_in_place():
+    model = prepared(Functional(lambda self, x: self._norm(self.conv(x)), conv=nn.Conv2d(4, 6, 3)))
+    expected = model(image(2))
+    result, report = normlab.fold(model.train(), image(2), inplace=True)
+    assert result is model
+    assert report.folded == {"batch_norm0": ("conv", "before")}
+    assert result.training
+    assert_close(result.eval()(image(2)), expected, **EXACT)
+
+
+def tokens(self, x):
+    return self._norm(F.linear(x, self.v))
+
+
+def transposed(self, x):
+    return self._norm(F.conv_transpose1d(x, self.v, None, 2, groups=2))
+
+
+@pytest.mark.parametrize(
+    ("call", "shape", "x"),
+    [(tokens, (6, 4), randn(5, 4)), (transposed, (4, 3, 3), image(1))],
+    ids=["linear", "transposed"],
+)
+def test_functional_layers_of_other_kinds(call, shape, x):
+    model = Functional(call)
+    model.v = nn.Parameter(torch.empty(shape))
+    result, _ = assert_folded(model, x, {"batch_norm0": ("layer0", "before")})
+    assert result.layer0.weight.shape == shape
+
+
+FUNCTIONAL = {
+    "b is also read elsewhere": lambda self, x: whole(self, x) + self.b.sum(),
+    "its input is also read elsewhere": lambda self, x: self._norm(y := self.conv(x)) + y,
+    "no convolution or linear layer makes its input": lambda self, x: self._norm(self.conv(x) + 1),
+    "the forward of Functional cannot be traced": lambda self, x: (
+        whole(self, x) if x.sum() > 0 else whole(self, -x)
+    ),
+    "the forward of Functional depends on the mode": lambda self, x: (
+        whole(self, x) + 1 if self.training else whole(self, x)
+    ),
+    "keeper, the layer before it, returns is kept": lambda self, x: self._norm(self.keeper(x)),
+}
+
+
+class Keeper(nn.Conv2d):
+    def forward(self, x):
+        self.seen = super().forward(x)
+        return self.seen
+
+
+@pytest.mark.parametrize("why", FUNCTIONAL)
+def test_functional_calls_that_stay_are_named(why):
+    model = Functional(FUNCTIONAL[why], conv=nn.Conv2d(4, 6, 3), keeper=Keeper(4, 6, 3))
+    _, report = normlab.fold(prepared(model), image(2))
+    assert not report.folded
+    assert list(report.left) == ["batch_norm"]
+    assert why in report.left["batch_norm"]

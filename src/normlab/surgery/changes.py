@@ -47,6 +47,7 @@ class Changes:
         left: Why others stay.
         weights: The weight and the bias that a layer gets.
         rests: What takes a batch norm's place.
+        functional: Modules whose own code calls batch norms.
         scales: The largest factor of a folded batch norm, with its smallest variance.
     """
 
@@ -54,6 +55,7 @@ class Changes:
     left: dict[str, str] = field(default_factory=dict)
     weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
     rests: dict[str, Rest] = field(default_factory=dict)
+    functional: list[str] = field(default_factory=list)
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:

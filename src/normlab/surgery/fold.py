@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,8 +11,9 @@ from torch import nn
 from normlab.errors import InputError
 from normlab.surgery.certificate import Certificate, compare, floats_of, run_example
 from normlab.surgery.changes import Changes, Into
+from normlab.surgery.lifting import lift
 from normlab.surgery.models import copy_of
-from normlab.surgery.planning import changes_of
+from normlab.surgery.planning import FUNCTIONAL, changes_of
 
 __all__ = ["FoldReport", "fold"]
 
@@ -61,7 +63,15 @@ class FoldReport:
         return "\n".join(lines)
 
 
+class _Lifts(NamedTuple):
+    """Which functional batch norms become modules, and where they are called."""
+
+    owners: list[str]
+    norms: list[str]
+
+
 class _Prepared(NamedTuple):
+    lifts: _Lifts
     changes: Changes
     certificate: Certificate | None
 
@@ -112,20 +122,18 @@ def fold(
     >>> folded[1], report.certificate.relative_largest < 1e-6
     (Identity(), True)
     """
-    result = _copied(model)
-    changes, certificate = _prepare(result, example, tolerance)
-    before = list(result.state_dict())
-    training = model.training
-    if inplace:
-        result = model
-    changes.apply(result)
+    before, training = list(_copied(model).state_dict()), model.training
+    prepared = _prepare(model, example, tolerance)
+    result = model if inplace else _copied(model)
+    lift(result, *prepared.lifts)
+    prepared.changes.apply(result)
     now = list(result.state_dict())
     report = FoldReport(
-        changes.folded,
-        changes.left,
-        tuple(sorted(set(before) - set(now), key=before.index)),
-        tuple(sorted(set(now) - set(before), key=now.index)),
-        certificate,
+        prepared.changes.folded,
+        prepared.changes.left,
+        tuple(key for key in before if key not in now),
+        tuple(key for key in now if key not in before),
+        prepared.certificate,
         training,
     )
     return result, report
@@ -135,11 +143,16 @@ def _prepare(model: nn.Module, example: Any, tolerance: float | None) -> _Prepar
     """Find what to change in a model, and measure it on copies; the model stays as it is."""
     if tolerance is not None and not tolerance >= 0:
         raise InputError(f"expected a tolerance of 0 or more, got {tolerance!r}")
-    changes, output = _found(model, example)
+    lifts, refused, changes = _found(model, example)
+    for name, why in refused.items():
+        key = f"{name}.batch_norm" if name else "batch_norm"
+        if changes.left.get(key) == FUNCTIONAL:
+            changes.left[key] = f"{FUNCTIONAL}, and {why}"
     if not changes.folded:
-        return _Prepared(changes, None)
-    original = floats_of(output)
+        return _Prepared(lifts, changes, None)
+    original = floats_of(run_example(_evaluated(model), example))
     measured = _evaluated(model)
+    lift(measured, *lifts)
     changes.apply(measured)
     try:
         output = run_example(measured, example)
@@ -154,12 +167,27 @@ def _prepare(model: nn.Module, example: Any, tolerance: float | None) -> _Prepar
             f"folding changes the model's output by more than is allowed ({certificate}); "
             f"{changes.extreme()}; pass a larger tolerance if that is good enough; not folded"
         )
-    return _Prepared(changes, certificate)
+    return _Prepared(lifts, changes, certificate)
 
 
-def _found(model: nn.Module, example: Any) -> tuple[Changes, Any]:
-    watched = _evaluated(model)
-    return changes_of(model, watched, lambda: run_example(watched, example))
+def _found(model: nn.Module, example: Any) -> tuple[_Lifts, dict[str, str], Changes]:
+    """Return which functional batch norms become modules, why others do not, and what changes."""
+    owners, only, refused = list[str](), None, dict[str, str]()
+    while True:
+        plain = _copied(model)
+        lifted = lift(plain, owners, only)
+        refused = lifted.refused | refused
+        watched = _evaluated(plain)
+        changes = changes_of(plain, watched, partial(run_example, watched, example))
+        if changes.functional and not owners:
+            owners = changes.functional
+            continue
+        stay = changes.left.keys() & lifted.norms
+        if not stay:
+            return _Lifts(owners, lifted.norms), refused, changes
+        # Those stay calls: once more without them.
+        refused = {name.rpartition(".")[0]: changes.left[name] for name in stay} | refused
+        only = [name for name in lifted.norms if name not in stay]
 
 
 def _evaluated(model: nn.Module) -> nn.Module:

@@ -20,7 +20,10 @@ from normlab.surgery.changes import ACTIVATIONS, Activated, Changes, Into, Rest,
 from normlab.surgery.tracing import names_read
 from normlab.surgery.watching import Call, Place, Watch, is_hooked, place
 
-__all__ = ["changes_of"]
+__all__ = ["FUNCTIONAL", "changes_of"]
+
+FUNCTIONAL = "it is a functional call"
+"""Why what is no module stays."""
 
 _LAYERS = (_ConvNd, nn.Linear)
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -30,8 +33,8 @@ _STOCK = (
 )
 
 
-def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> tuple[Changes, Any]:
-    """Return what folding changes in a model, and what a run of its copy returned.
+def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> Changes:
+    """Return what folding changes in a model, by what a run of its copy shows.
 
     Args:
         model: Looked at only.
@@ -41,12 +44,16 @@ def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> 
     names = {module: name for name, module in watched.named_modules()}
     originals = {module: model.get_submodule(name) for module, name in names.items()}
     watch = Watch(watched, [each for each in names if isinstance(each, (*_LAYERS, _BatchNorm))])
-    output = watch.run(run)
+    watch.run(run)
     planner = _Planner(model, watch, names, originals)
     norms = [each for each in names if isinstance(each, _BatchNorm)]
     for norm in sorted(norms, key=planner.first_call):
         planner.plan(norm)
-    return planner.finished(), output
+    changes = planner.finished()
+    changes.functional += dict.fromkeys(watch.functional)
+    for name in changes.functional:
+        changes.left[f"{name}.batch_norm" if name else "batch_norm"] = FUNCTIONAL
+    return changes
 
 
 class _LeftError(Exception):
@@ -292,8 +299,10 @@ class _Planner:
         stock = _is_stock(original)
         if isinstance(module, nn.Linear) and not stock:
             raise _LeftError(f"{what} has a forward of its own")
-        if not stock and "bias" not in names_read(type(original), "forward"):
-            raise _LeftError(f"{what} has a forward of its own, which reads no bias")
+        if original.bias is None and not stock:
+            # The bias that it would get must not be passed over.
+            if not {"bias", "super"} & names_read(type(original), "forward"):
+                raise _LeftError(f"{what} has a forward of its own, which reads no bias")
         if isinstance(module, _ConvNd):
             for call in self.watch.calls[module]:
                 self._check_convolution(module, call, what)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -78,6 +79,7 @@ class Watch:
         readers: By memory, who read it after that: a call of a layer, or the name of a step.
         outsiders: For each layer, who read its parameters or buffers other than itself.
         kept: Memory that somebody holds after the run.
+        functional: Names of modules that call batch norms with running statistics themselves.
 
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     >>> watch = Watch(model, list(model))
@@ -94,6 +96,8 @@ class Watch:
         self.readers: dict[int, list[Call | str]] = {}
         self.outsiders: dict[nn.Module, list[str]] = {layer: [] for layer in self.calls}
         self.kept: set[int] = set()
+        self.functional: list[str] = []
+        self._inside: list[str] = []
         self._open: list[Call] = []
         self._in_part = 0
         # A dead tensor's memory is not used again while it is referred to, so that no two tensors
@@ -106,8 +110,10 @@ class Watch:
                     if (where := place(tensor)) is not None:
                         self._owners.setdefault(where.memory, set()).add(module)
                 self._listen(module)
-            elif is_hooked(module):
-                self._listen_to_hooks(name, module)
+            else:
+                if is_hooked(module):
+                    self._listen_to_hooks(name, module)
+                self._follow(name, module)
 
     def run(self, forward: Any) -> Any:
         """Return what a function returns, and watch the layers while it runs."""
@@ -173,6 +179,14 @@ class Watch:
         module.register_forward_pre_hook(note)
         module.register_forward_hook(note)
 
+    def _follow(self, name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: self._inside.append(name), prepend=True)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        module.register_forward_hook(leave, always_call=True)
+
     def _makers_of(self, value: Any) -> list[Call | None]:
         """Return who made tensors, which is asked at once: what nobody holds may be overwritten."""
         places = map(place, tensors_in(value))
@@ -182,6 +196,11 @@ class Watch:
         readers = self.readers.get(memory)
         if readers is not None and reader not in readers:
             readers.append(reader)
+
+    def normalize(self, running_mean: Tensor | None) -> None:
+        """Note a functional batch norm, unless it is a layer's own."""
+        if running_mean is not None and not self._open and self._inside:
+            self.functional.append(self._inside[-1])
 
     def step(self, name: str, reads: list[Tensor], made: Any, *, view: bool = False) -> None:
         """Note an operation; who looks at values through a view is noted when they do."""
@@ -217,7 +236,7 @@ class _Steps(TorchDispatchMode):
 
 
 class _Escapes(TorchFunctionMode):
-    """Tells a watch where a tensor's memory is handed to what torch does not compute."""
+    """Tells a watch where memory is handed to what torch does not compute, and what normalizes."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -226,6 +245,10 @@ class _Escapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _ESCAPES:
             self.watch.step(func.__name__, list(tensors_in((args, kwargs))), None)
+        elif func is F.batch_norm or func is torch.batch_norm:
+            position = 1 if func is F.batch_norm else 3
+            named = (kwargs or {}).get("running_mean")
+            self.watch.normalize(args[position] if len(args) > position else named)
         return func(*args, **(kwargs or {}))
 
 
