@@ -460,7 +460,7 @@ def test_a_mask_is_no_residual():
         norm=normlab.BatchNorm2d(4),
     )
     _, report = assert_folded(model, image(2), {}, ["norm"])
-    assert "more than one tensor and a residual" in report.left["norm"]
+    assert "something else than a tensor and a residual" in report.left["norm"]
 
 
 @pytest.mark.parametrize("network", ["lenet", "resnet18"])
@@ -888,5 +888,45 @@ def test_functional_calls_that_stay_are_named(why):
     model = Functional(FUNCTIONAL[why], conv=nn.Conv2d(4, 6, 3), keeper=Keeper(4, 6, 3))
     _, report = normlab.fold(prepared(model), image(2))
     assert not report.folded
-    assert list(report.left) == ["batch_norm"]
-    assert why in report.left["batch_norm"]
+    assert list(report.left) == ["F.batch_norm in the model"]
+    assert why in report.left["F.batch_norm in the model"]
+
+
+def test_of_several_functional_batch_norms_those_that_can_are_folded():
+    def call(self, x):
+        y = self._norm(self.conv(x))
+        return F.batch_norm(y.relu(), self.other_mean, self.other_var)
+
+    model = Functional(call, conv=nn.Conv2d(4, 6, 3))
+    model.register_buffer("other_mean", torch.zeros(6))
+    model.register_buffer("other_var", torch.ones(6))
+    model = prepared(model)
+    model.other_var.abs_()
+    result, report = normlab.fold(model, image(2))
+    assert report.folded == {"batch_norm0": ("conv", "before")}
+    assert report.left == {
+        "F.batch_norm in the model": "it is not a module, and cannot become one: no convolution or "
+        "linear layer makes its input"
+    }
+    assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def test_under_inference_mode_around_it_and_within():
+    def forward(self, x):
+        with torch.inference_mode():
+            return self.norm(self.conv(x))
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    with torch.inference_mode():
+        result, _ = assert_folded(model, image(2), {"norm": ("conv", "before")})
+    assert not result.conv.weight.is_inference()
+
+
+def test_scripted_modules():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated, and used.
+        scripted = torch.jit.script(nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), scripted).double().eval()
+    assert normlab.fold(model, image(2))[1].folded
+    with pytest.raises(InputError, match="got a RecursiveScriptModule: fold before"):
+        normlab.fold(scripted, image(2))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from normlab.errors import InputError
@@ -13,7 +14,7 @@ from normlab.surgery.certificate import Certificate, compare, floats_of, run_exa
 from normlab.surgery.changes import Changes, Into
 from normlab.surgery.lifting import lift
 from normlab.surgery.models import copy_of
-from normlab.surgery.planning import FUNCTIONAL, changes_of
+from normlab.surgery.planning import FUNCTIONAL, called_in, changes_of
 
 __all__ = ["FoldReport", "fold"]
 
@@ -25,7 +26,8 @@ class FoldReport:
     Attributes:
         folded: For each batch norm that is gone, the layer that does it now, and whether that layer
             comes before or after it.
-        left: Why a batch norm was left as it was.
+        left: Why a batch norm was left as it was; functional ones are named "F.batch_norm in" the
+            module that calls them.
         removed: Keys of the state dict that are gone.
         added: Keys of the state dict that are new: biases of layers that had none.
         certificate: The measured error; None if nothing was folded.
@@ -90,8 +92,9 @@ def fold(
 
     `nn.Identity` takes a folded batch norm's place, or what it did besides: an activation, an
     addition, the parts of a subclass. Names, modes and all else stay; weights that change are new
-    parameters. A model in training mode is measured in evaluation and returned in training mode.
-    Its hooks run with it.
+    parameters. `F.batch_norm`, and the functional layer before it, become modules first, which own
+    the tensors from then on, where a graph tells the forward pass that calls them. A model in
+    training mode is measured in evaluation and returned in training mode. Its hooks run with it.
 
     Args:
         model: With convolutions (1d, 2d, 3d, transposed, grouped), linear layers and batch norms
@@ -101,8 +104,7 @@ def fold(
         tolerance: The largest error allowed, relative to the largest absolute value of the
             original's output; by default 1e-9 for float64, 1e-4 for float32 and 2e-2 for bfloat16
             and float16, by the least precise among output and parameters.
-        inplace: Fold in the model itself, which takes another's place only after the error was
-            measured on a copy.
+        inplace: Fold in the model itself, after the error was measured on a copy.
 
     Returns:
         The folded copy, or the model itself, and a report with the measured error.
@@ -114,7 +116,6 @@ def fold(
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", section 3.2, for the layer before.
 
-    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> folded, report = fold(model, torch.rand(1, 3, 8, 8))
     >>> report.folded, report.left
@@ -122,8 +123,19 @@ def fold(
     >>> folded[1], report.certificate.relative_largest < 1e-6
     (Identity(), True)
     """
-    before, training = list(_copied(model).state_dict()), model.training
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"expected a model of modules, got a {type(model).__name__}: fold before it is scripted"
+        )
+    with torch.inference_mode(False):
+        return _folded(model, example, tolerance, inplace)
+
+
+def _folded(
+    model: nn.Module, example: Any, tolerance: float | None, inplace: bool
+) -> tuple[nn.Module, FoldReport]:
     prepared = _prepare(model, example, tolerance)
+    before, training = list(model.state_dict()), model.training
     result = model if inplace else _copied(model)
     lift(result, *prepared.lifts)
     prepared.changes.apply(result)
@@ -145,9 +157,8 @@ def _prepare(model: nn.Module, example: Any, tolerance: float | None) -> _Prepar
         raise InputError(f"expected a tolerance of 0 or more, got {tolerance!r}")
     lifts, refused, changes = _found(model, example)
     for name, why in refused.items():
-        key = f"{name}.batch_norm" if name else "batch_norm"
-        if changes.left.get(key) == FUNCTIONAL:
-            changes.left[key] = f"{FUNCTIONAL}, and {why}"
+        if changes.left.get(called_in(name)) == FUNCTIONAL:
+            changes.left[called_in(name)] = f"{FUNCTIONAL}, and cannot become one: {why}"
     if not changes.folded:
         return _Prepared(lifts, changes, None)
     original = floats_of(run_example(_evaluated(model), example))

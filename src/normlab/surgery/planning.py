@@ -20,17 +20,31 @@ from normlab.surgery.changes import ACTIVATIONS, Activated, Changes, Into, Rest,
 from normlab.surgery.tracing import names_read
 from normlab.surgery.watching import Call, Place, Watch, is_hooked, place
 
-__all__ = ["FUNCTIONAL", "changes_of"]
+__all__ = ["FUNCTIONAL", "called_in", "changes_of"]
 
-FUNCTIONAL = "it is a functional call"
-"""Why what is no module stays."""
+FUNCTIONAL = "it is not a module"
+"""Why a functional call stays."""
 
 _LAYERS = (_ConvNd, nn.Linear)
+# The last are what is seen under `torch.inference_mode`.
+_CONVOLUTIONS = (
+    *("convolution", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _STOCK = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+
+
+def called_in(name: str) -> str:
+    """Return what the functional batch norms of a module are called in a report.
+
+    >>> called_in("block")
+    'F.batch_norm in block'
+    """
+    return f"F.batch_norm in {name or 'the model'}"
 
 
 def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> Changes:
@@ -42,7 +56,7 @@ def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> 
         run: Runs the copy.
     """
     names = {module: name for name, module in watched.named_modules()}
-    originals = {module: model.get_submodule(name) for module, name in names.items()}
+    originals = dict(zip(watched.modules(), model.modules(), strict=True))
     watch = Watch(watched, [each for each in names if isinstance(each, (*_LAYERS, _BatchNorm))])
     watch.run(run)
     planner = _Planner(model, watch, names, originals)
@@ -52,7 +66,7 @@ def changes_of(model: nn.Module, watched: nn.Module, run: Callable[[], Any]) -> 
     changes = planner.finished()
     changes.functional += dict.fromkeys(watch.functional)
     for name in changes.functional:
-        changes.left[f"{name}.batch_norm" if name else "batch_norm"] = FUNCTIONAL
+        changes.left[called_in(name)] = FUNCTIONAL
     return changes
 
 
@@ -154,7 +168,7 @@ class _Planner:
             raise _LeftError("it is not called on the example")
         for call in calls:
             if call.input is None or call.others.keys() - {"1", "residual"}:
-                raise _LeftError("it is called with more than one tensor and a residual")
+                raise _LeftError("it is called with something else than a tensor and a residual")
 
     def _check_module(self, module: nn.Module, original: nn.Module, what: str) -> None:
         """Refuse what does not compute with plain tensors of its own, unseen by others."""
@@ -299,10 +313,9 @@ class _Planner:
         stock = _is_stock(original)
         if isinstance(module, nn.Linear) and not stock:
             raise _LeftError(f"{what} has a forward of its own")
-        if original.bias is None and not stock:
-            # The bias that it would get must not be passed over.
-            if not {"bias", "super"} & names_read(type(original), "forward"):
-                raise _LeftError(f"{what} has a forward of its own, which reads no bias")
+        knows_bias = {"bias", "super"} & names_read(type(original), "forward")
+        if original.bias is None and not stock and not knows_bias:
+            raise _LeftError(f"{what} has a forward of its own, which reads no bias")
         if isinstance(module, _ConvNd):
             for call in self.watch.calls[module]:
                 self._check_convolution(module, call, what)
@@ -310,7 +323,7 @@ class _Planner:
     def _check_convolution(self, module: _ConvNd, call: Call, what: str) -> None:
         own = [place(each) for each in (module.weight, module.bias) if each is not None]
         steps = [step for step in call.steps if set(own) & set(step.reads)]
-        plain = [s for s in steps if s.name == "convolution" and [*s.reads[1:]] == own]
+        plain = [s for s in steps if s.name in _CONVOLUTIONS and [*s.reads[1:]] == own]
         if len(steps) != 1 or not plain or steps[0].makes != call.output:
             names = ", ".join(step.name for step in steps) or "nothing"
             raise _LeftError(f"{what} is no convolution with its own weight alone: {names} read it")

@@ -110,7 +110,7 @@ class Watch:
                     if (where := place(tensor)) is not None:
                         self._owners.setdefault(where.memory, set()).add(module)
                 self._listen(module)
-            else:
+            elif not isinstance(module, torch.jit.ScriptModule):  # Which takes no hooks.
                 if is_hooked(module):
                     self._listen_to_hooks(name, module)
                 self._follow(name, module)
