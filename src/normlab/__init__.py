@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
     from normlab.study import Study
     from normlab.surgery.convert import convert
+    from normlab.surgery.fold import fold
     from normlab.surgery.freeze import freeze, unfreeze
     from normlab.surgery.recalibrate import adapt, recalibrate
     from normlab.training import Trainer
@@ -49,6 +50,7 @@ __all__ = [
     "batch_norm",
     "compare",
     "convert",
+    "fold",
     "freeze",
     "recalibrate",
     "unfreeze",
@@ -64,6 +66,7 @@ _HOMES = {
     "adapt": "surgery",
     "compare": "comparison",
     "convert": "surgery",
+    "fold": "surgery",
     "freeze": "surgery",
     "recalibrate": "surgery",
     "unfreeze": "surgery",

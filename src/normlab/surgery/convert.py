@@ -34,7 +34,7 @@ from normlab.surgery.kinds import (
 )
 from normlab.surgery.memory import Memory, become, memories, undo
 from normlab.surgery.models import Forward, copy_of, put_back_on_failure, run_on
-from normlab.surgery.report import Report
+from normlab.surgery.report import ConversionReport
 from normlab.surgery.standins import STANDIN_FOR, STANDINS, ChannelScale, Follows
 from normlab.surgery.unfusing import unfuse
 
@@ -67,7 +67,7 @@ def convert(
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     inplace: bool = False,
-) -> tuple[nn.Module, Report]:
+) -> tuple[nn.Module, ConversionReport]:
     """Make a model's norm layers those of another kind.
 
     γ and β are kept where both kinds have them per channel, hooks, modes and shared modules always,
@@ -150,9 +150,9 @@ class _Conversion:
     def __init__(self, model: nn.Module, kind: Kind, run: _Run, samples: list[Any]) -> None:
         self.model, self.kind, self.run, self.samples = model, kind, run, samples
         self.names = {module: name for name, module in model.named_modules()}
-        self.report = Report(kind.name, {})
+        self.report = ConversionReport(kind.name, {})
 
-    def do(self, calibrate: bool, fuse: bool) -> Report:
+    def do(self, calibrate: bool, fuse: bool) -> ConversionReport:
         model, report, names = self.model, self.report, self.names
         restored = {} if self.kind.follows else unfuse(model)
         report.restored.update({names[each]: cls for each, cls in restored.items()})

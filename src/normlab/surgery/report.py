@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from normlab.surgery.kinds import parse
 
-__all__ = ["Report"]
+__all__ = ["ConversionReport"]
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion did. Keys are qualified names of modules, "" for the model itself.
 
     Attributes:

@@ -34,6 +34,7 @@ __all__ = [
     "names_read",
     "public_methods",
     "rewrite",
+    "same_steps",
     "trace",
 ]
 
@@ -89,7 +90,7 @@ def trace(module: nn.Module) -> Trace:
             _restore(vars(each), contents)
         for each, mode in modes.items():
             each.training = mode
-    return Trace(graphs, "" if _steps(graphs[0]) == _steps(graphs[1]) else "depends on the mode")
+    return Trace(graphs, "" if same_steps(*graphs) else "depends on the mode")
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -225,6 +226,11 @@ def _restore(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> 
         elif content is not None:
             value.clear()
             value.update(content)
+
+
+def same_steps(one: fx.Graph, other: fx.Graph) -> bool:
+    """Tell whether two graphs do the same, step by step."""
+    return _steps(one) == _steps(other)
 
 
 def _steps(graph: fx.Graph) -> list[tuple[Any, ...]]:
