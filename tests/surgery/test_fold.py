@@ -510,7 +510,7 @@ def test_a_converted_model():
             y = F.relu(self.bn1(self.conv1(x)))
             return F.relu(self.bn2(self.conv2(y)) + x)
 
-    model = normlab.convert(prepared(Block()))
+    model, _ = normlab.convert(prepared(Block()))
     assert model.bn2.activation == "relu"
     result, _ = normlab.fold(model, image(2))
     assert type(result.bn1) is nn.ReLU

@@ -281,7 +281,7 @@ def test_it_is_frozen_in_compiled_and_traced_code():
 
 def test_a_converted_network_is_as_frozen():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
-    converted = normlab.convert(freeze(model)[0])
+    converted, _ = normlab.convert(freeze(model)[0])
     assert type(converted[1]) is normlab.BatchNorm1d
     assert converted[1].activation == "relu"
     assert is_frozen(converted[1])
