@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
     from normlab.study import Study
     from normlab.surgery.convert import convert
+    from normlab.surgery.freeze import freeze, unfreeze
+    from normlab.surgery.recalibrate import adapt, recalibrate
     from normlab.training import Trainer
 
 __version__ = _version("normlab")
@@ -43,9 +45,13 @@ __all__ = [
     "Study",
     "SyncBatchNorm",
     "Trainer",
+    "adapt",
     "batch_norm",
     "compare",
     "convert",
+    "freeze",
+    "recalibrate",
+    "unfreeze",
 ]
 
 # A network that only wants the layers should not wait for pydantic and rich, so these names are
@@ -55,8 +61,12 @@ _HOMES = {
     "Comparison": "comparison",
     "Study": "study",
     "Trainer": "training",
+    "adapt": "surgery",
     "compare": "comparison",
     "convert": "surgery",
+    "freeze": "surgery",
+    "recalibrate": "surgery",
+    "unfreeze": "surgery",
 }
 
 if not TYPE_CHECKING:  # A checker that saw this would take any misspelt name for one of ours.

@@ -9,7 +9,7 @@ from normlab.layers import sync
 from normlab.layers.functional import Moments, move_running
 from normlab.layers.fused import batch_norm, check, normalize_by_batch
 
-__all__ = ["Options", "State", "plain_forward", "special_forward"]
+__all__ = ["Options", "State", "mask_of", "plain_forward", "special_forward"]
 
 
 class State(NamedTuple):
@@ -94,7 +94,7 @@ def special_forward(
     if lengths is not None:
         if mask is not None:
             raise RuntimeError("a mask and lengths say the same: pass one of them")
-        mask = _mask_of(lengths, input)
+        mask = mask_of(lengths, input)
     if input.ndim >= 2 or input.numel():
         check(
             input,
@@ -124,7 +124,8 @@ def special_forward(
     return outputs[0] if ghosts == 1 else torch.cat(outputs)
 
 
-def _mask_of(lengths: Tensor, input: Tensor) -> Tensor:
+def mask_of(lengths: Tensor, input: Tensor) -> Tensor:
+    """Return where the values of an input of shape (N, C, …, L) are real, without channels."""
     if input.ndim < 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
         raise RuntimeError(
             f"lengths should be integers of shape (N,), for an input of shape (N, C, …, L), not "

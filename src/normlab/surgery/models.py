@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,7 +16,15 @@ from torch.nn.parameter import UninitializedBuffer
 
 from normlab.errors import InputError
 
-__all__ = ["Forward", "batch_norms", "copy_of", "modes_kept", "run_on"]
+__all__ = [
+    "Forward",
+    "batch_norms",
+    "buffers_kept",
+    "copy_of",
+    "generators_kept",
+    "modes_kept",
+    "run_on",
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch of the user's."""
@@ -61,6 +71,45 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer of a model the values back that it has now, when the context ends.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> with buffers_kept(model):
+    ...     _ = model(torch.tensor([[1.0], [3.0]]))
+    >>> model.running_mean, model.num_batches_tracked
+    (tensor([0.]), tensor(0))
+    """
+    places = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers in places:
+                for name, buffer in buffers.items():
+                    if getattr(module, name) is not buffer:
+                        setattr(module, name, buffer)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # The others need not look changed to autograd.
+                    buffer.copy_(value)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Give Python's, NumPy's and torch's global generators their states back at the end."""
+    pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Of a device that was never used there is no state, and asking would start it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)  # noqa: NPY002
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
