@@ -23,6 +23,7 @@ from normlab.layers import (
 
 if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
+    from normlab.diagnosis import Diagnosis, diagnose
     from normlab.study import Study
     from normlab.surgery.convert import convert
     from normlab.surgery.freeze import freeze, unfreeze
@@ -36,6 +37,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Comparison",
+    "Diagnosis",
     "InputError",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -49,6 +51,7 @@ __all__ = [
     "batch_norm",
     "compare",
     "convert",
+    "diagnose",
     "freeze",
     "recalibrate",
     "unfreeze",
@@ -59,11 +62,13 @@ __all__ = [
 # import system would put the module in the name's place.
 _HOMES = {
     "Comparison": "comparison",
+    "Diagnosis": "diagnosis",
     "Study": "study",
     "Trainer": "training",
     "adapt": "surgery",
     "compare": "comparison",
     "convert": "surgery",
+    "diagnose": "diagnosis",
     "freeze": "surgery",
     "recalibrate": "surgery",
     "unfreeze": "surgery",
