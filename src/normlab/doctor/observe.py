@@ -161,12 +161,7 @@ class Observer:
 
     @torch.no_grad()
     def _evaluate(self, batch: Any, number: int, seen: Observations) -> Any:
-        def see(place: str, kind: str, output: Tensor) -> None:
-            seen.units.setdefault(place, Units(kind)).see(output)
-
-        with flow(self._model, seen.flow, see) as end:
-            output = self._run(batch, number)
-            end(output)
+        output = self._run(batch, number)
         samples = next((len(each) for each in tensors_of(batch) if each.ndim), 0)
         seen.samples += samples
         return output
@@ -190,9 +185,19 @@ class Observer:
 
     def _by_batch(self, batch: Any, number: int, seen: Observations) -> Any:
         """Run the model with its batch norms normalizing by the batch; None if one cannot."""
-        with torch.no_grad(), self._normalizing_by_batch(), norm_moments(self._norms) as moments:
+
+        def see(place: str, kind: str, output: Tensor) -> None:
+            seen.units.setdefault(place, Units(kind)).see(output)
+
+        with (
+            torch.no_grad(),
+            self._normalizing_by_batch(),
+            norm_moments(self._norms) as moments,
+            flow(self._model, seen.flow, see) as end,
+        ):
             try:
                 output = self._run(batch, number)
+                end(output)
             except InputError:
                 if not _note_least(moments, seen):
                     raise
