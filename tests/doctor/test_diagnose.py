@@ -164,7 +164,7 @@ def test_a_loss_of_ones_own_is_asked_for_where_there_is_no_other():
 def test_wrappers_are_looked_into():
     model = network()
     assert diagnose(nn.DataParallel(model), data()) == diagnose(model, data())
-    assert diagnose(torch.compile(model), data()) == diagnose(model, data())
+    assert diagnose(torch.compile(model, backend="eager"), data()) == diagnose(model, data())
 
 
 def test_wrong_input_is_refused_in_one_line():
@@ -200,7 +200,7 @@ def test_what_it_says():
     model = network()
     model[1].momentum = model[5].momentum = 0.99
     found = diagnose(model, data(), steps=60)
-    assert found.summary.startswith("2 errors, ")
+    assert found.summary.startswith("3 errors, ")  # One is of the dropout.
     text = str(found)
     assert "\nerror: momentum convention in 2 layers\n  1: momentum 0.99 (threshold 0.9)\n" in text
     assert "\n  fix: model.get_submodule('1').momentum = 0.01\n" in text

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.probes import Flow, Moments, Units, pooled
 
-__all__ = ["Layer", "Observations", "Testing"]
+__all__ = ["Answers", "Layer", "Observations"]
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Testing:
+class Answers:
     """Which samples a classifier got right: as in evaluation, and normalizing by the batch."""
 
     evaluated: NDArray[np.bool_]
@@ -127,7 +127,7 @@ class Observations:
     flow: Flow = field(default_factory=Flow)
     batches: int = 0
     samples: int = 0
-    testing: Testing | None = None
+    testing: Answers | None = None
     labels: list[NDArray[np.int64]] | None = None
     width: int | None = None
     part: float | str = "a batch of two samples or more"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from normlab.doctor.batches import labels_of, output_of, part_of, shapes_of, tensors_of
-from normlab.doctor.observations import Layer, Observations, Testing
+from normlab.doctor.observations import Answers, Layer, Observations
 from normlab.errors import InputError
 from normlab.probes import Moments, Units, flow, norm_moments
 from normlab.surgery import is_frozen
@@ -108,7 +108,7 @@ class Observer:
                 "expected at least one batch, got none: an iterator may have been used up before"
             )
         if evaluated:
-            seen.testing = Testing(np.concatenate(evaluated), np.concatenate(by_batch))
+            seen.testing = Answers(np.concatenate(evaluated), np.concatenate(by_batch))
         if all(each is not None for each in labels):
             seen.labels = [each for each in labels if each is not None]
         return seen
