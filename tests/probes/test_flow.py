@@ -69,14 +69,20 @@ def test_weights_after_a_norm_end_what_it_is_the_last_of():
 
 def test_a_bias_counts_only_straight_before_a_norm():
     straight = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Identity(), nn.BatchNorm2d(2))
+
+    class Contiguous(nn.Module):
+        def forward(self, x):
+            return x.contiguous().to(x.dtype)
+
+    same = nn.Sequential(nn.Conv2d(1, 2, 3), Contiguous(), nn.BatchNorm2d(2))
+    in_place = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(2))
     between = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.BatchNorm2d(2))
     without = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
     x = torch.randn(2, 1, 5, 5)
-    assert [follow(each, x)[0].biases for each in (straight, between, without)] == [
-        {"2": "0"},
-        {},
-        {},
-    ]
+    for network in (straight, same):
+        assert follow(network, x)[0].biases == {"2": "0"}
+    for network in (between, in_place, without):
+        assert follow(network, x)[0].biases == {}
 
 
 def test_a_layer_that_activates_itself_is_one_place():

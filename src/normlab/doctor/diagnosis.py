@@ -105,7 +105,7 @@ class Diagnosis:
         told = [
             f"{n} {weight}{'s' * (n != 1 and weight != 'information')}" for n, weight in counts if n
         ]
-        return f"{', '.join(told) or 'No findings'}; {len(self.numbers)} batch norms, {of}"
+        return f"{', '.join(told) or 'No findings'}; {len(self.numbers)} batch norm layers, {of}"
 
     def groups(self) -> Iterator[tuple[Finding, list[Finding]]]:
         """Yield the findings that have one signal and weight, and the one farthest out first."""

@@ -103,8 +103,11 @@ class _Following(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        version = _version(args)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        # `to` and `contiguous` may return what they are given, untouched.
+        untouched = args and result is args[0] and version == _version(args)
+        if isinstance(result, Tensor) and not untouched:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
             several = any(isinstance(each, (tuple, list)) for each in args[:1])  # cat and stack
             self._follow(getattr(func, "__name__", ""), given, result, several)
@@ -166,6 +169,14 @@ class _Following(TorchFunctionMode):
                 self._found.last.add(origin.name)
             if output in self._places:
                 self._found.gates.add(self._places[output])
+
+
+def _version(args: tuple[Any, ...]) -> int | None:
+    """Return how often the first argument was changed in place; None if that is not counted."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or first.is_inference():
+        return None
+    return first._version
 
 
 def _activates(module: nn.Module) -> bool:
