@@ -158,7 +158,9 @@ def test_a_loss_of_ones_own_is_asked_for_where_there_is_no_other():
     found = diagnose(network(), batches, loss=nn.functional.mse_loss)
     assert "gradient explosion" not in found.not_measured
     wrong = diagnose(network(), batches, loss=lambda output: output)
-    assert wrong.not_measured["gradient explosion"].startswith("loss raised TypeError")
+    assert "loss raised TypeError" in wrong.not_measured["gradient explosion"]
+    flat = diagnose(network(), batches, loss=lambda output, _: output.detach().mean())
+    assert "does not require grad" in flat.not_measured["gradient explosion"]
 
 
 def test_wrappers_are_looked_into():

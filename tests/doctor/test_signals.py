@@ -108,7 +108,7 @@ def test_the_gap_needs_points_and_significance():
         evaluated[:worse] = False
         evaluated[1000 - better :] = True
         one = layer([moments([0.0], [1.0])])
-        return [each.weight for each in gap(seen(one, testing=Answers(evaluated, right)))]
+        return [each.weight for each in gap(seen(one, answers=Answers(evaluated, right)))]
 
     assert of(0, 0) == of(9, 0) == of(40, 28) == of(0, 50) == []
     assert of(12, 0) == ["warning"]

@@ -37,11 +37,11 @@ def mcnemar_p(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 def gap(seen: Observations) -> Iterator[Finding]:
     """Evaluation that is worse than the same samples normalized by the batch."""
-    if seen.testing is None:
+    if seen.answers is None:
         raise Missing(_LABELS)
     if not seen.trained:
         raise Missing("a trained model: nothing says that this one is; pass steps= if it is")
-    evaluated, by_batch = seen.testing.evaluated, seen.testing.by_batch
+    evaluated, by_batch = seen.answers.evaluated, seen.answers.by_batch
     loss = float(by_batch.mean() - evaluated.mean())
     p = mcnemar_p(evaluated, by_batch)
     if loss <= threshold("gap") or p >= threshold("significance"):
@@ -102,12 +102,12 @@ def order_of_data(seen: Observations) -> Iterator[Finding]:
         raise Missing(seen.order_unknown)
     if seen.labels is None:
         raise Missing(_LABELS)
-    if seen.given is None or seen.testing is None:
+    if seen.given is None or seen.answers is None:
         return
-    change = float(seen.given.mean() - seen.testing.by_batch.mean())
+    change = float(seen.given.mean() - seen.answers.by_batch.mean())
     if abs(change) <= threshold("order"):
         return
-    if mcnemar_p(seen.given, seen.testing.by_batch) >= threshold("significance"):
+    if mcnemar_p(seen.given, seen.answers.by_batch) >= threshold("significance"):
         return
     yield Finding(
         "order of the data",

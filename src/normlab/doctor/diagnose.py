@@ -168,8 +168,8 @@ def _in_random_order(
         seen.order_unknown = "batches of tensors, of one structure, that can be gone through again"
         return seen, asked
     other = observer.observe(found.batches)
-    if seen.testing is not None and len(seen.testing.by_batch) == len(found.order):
-        other.given = seen.testing.by_batch[found.order]
+    if seen.answers is not None and len(seen.answers.by_batch) == len(found.order):
+        other.given = seen.answers.by_batch[found.order]
     return other, replace(asked, mixed=found.batches)
 
 

@@ -107,7 +107,7 @@ class Observations:
         flow: What stands around the layers.
         batches: How many were seen.
         samples: How many were in them: the length of a batch's first tensor.
-        testing: None without labels of classes.
+        answers: None without labels of classes.
         labels: By batch, if they are classes.
         width: Classes that the output has, if it is of shape (N, C).
         part: Largest |f(part of a batch) − f(batch)|, relative to the largest |f|; or why not.
@@ -127,7 +127,7 @@ class Observations:
     flow: Flow = field(default_factory=Flow)
     batches: int = 0
     samples: int = 0
-    testing: Answers | None = None
+    answers: Answers | None = None
     labels: list[NDArray[np.int64]] | None = None
     width: int | None = None
     part: float | str = "a batch of two samples or more"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +91,9 @@ class Observer:
             for number, batch in enumerate(batches, 1):
                 self._check_device(batch, number)
                 classes = labels_of(batch)
-                output = self._evaluate(batch, number, seen)
+                with torch.no_grad():
+                    output = self._run(batch, number)
+                seen.samples += _length(batch)
                 right = _right(output, classes)
                 labels.append(_classes(classes))
                 if number == 1:
@@ -99,16 +102,16 @@ class Observer:
                     self._run_backward(batch, number, seen)
                 output = self._by_batch(batch, number, seen)
                 seen.batches = number
-                if right is not None and output is not None:
+                again = _right(output, classes)
+                if right is not None and again is not None:
                     evaluated.append(right)
-                    again = _right(output, classes)
-                    by_batch.append(right if again is None else again)
+                    by_batch.append(again)
         if not seen.batches:
             raise InputError(
                 "expected at least one batch, got none: an iterator may have been used up before"
             )
         if evaluated:
-            seen.testing = Answers(np.concatenate(evaluated), np.concatenate(by_batch))
+            seen.answers = Answers(np.concatenate(evaluated), np.concatenate(by_batch))
         if all(each is not None for each in labels):
             seen.labels = [each for each in labels if each is not None]
         return seen
@@ -129,7 +132,12 @@ class Observer:
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        with generators_kept(), modes_kept(self._model), buffers_kept(self._model):
+        with ExitStack() as stack:
+            stack.enter_context(generators_kept())
+            stack.enter_context(modes_kept(self._model))
+            stack.enter_context(buffers_kept(self._model))
+            if "torch._dynamo" in sys.modules:  # Compiled code does not see new hooks.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             torch.manual_seed(0)  # Dropout is then the same at every diagnosis.
             # The flags alone: what else a class does in `train()` would not be undone by them.
             for module in self._model.modules():
@@ -152,7 +160,7 @@ class Observer:
             return
         homes = {each.device for each in (*self._model.parameters(), *self._model.buffers())}
         for tensor in tensors_of(batch):
-            if tensor.device not in homes and tensor.is_floating_point():
+            if homes and tensor.device not in homes and tensor.is_floating_point():
                 home = next(iter(homes))
                 raise InputError(
                     f"batch {number} is on {tensor.device} and the model on {home}: pass "
@@ -160,15 +168,8 @@ class Observer:
                 )
 
     @torch.no_grad()
-    def _evaluate(self, batch: Any, number: int, seen: Observations) -> Any:
-        output = self._run(batch, number)
-        samples = next((len(each) for each in tensors_of(batch) if each.ndim), 0)
-        seen.samples += samples
-        return output
-
-    @torch.no_grad()
     def _run_in_part(self, batch: Any, whole: Tensor | None, seen: Observations) -> None:
-        samples = next((len(each) for each in tensors_of(batch) if each.ndim), 0)
+        samples = _length(batch)
         if whole is None or not whole.ndim or len(whole) != samples or samples < 2:
             return
         half = samples // 2
@@ -241,7 +242,8 @@ class Observer:
 
         def measure(name: str) -> Callable[..., None]:
             def keep(gradient: Tensor) -> None:
-                squares.setdefault(name, float(gradient.double().square().sum()))
+                # Of several calls the first comes last in a backward pass, and stays.
+                squares[name] = float(gradient.double().square().sum())
 
             def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
                 input = inputs[0] if inputs else named["input"]
@@ -265,8 +267,8 @@ class Observer:
                     seen.gradient_unknown = "loss=, a function of output and labels"
                     return
                 value.backward()
-        except InputError as error:
-            seen.gradient_unknown = str(error)
+        except (InputError, RuntimeError) as error:
+            seen.gradient_unknown = f"a loss with a gradient ({error})"
         finally:
             for hook in hooks:
                 hook.remove()
@@ -279,7 +281,7 @@ class Observer:
             first = output_of(output)
             if first is None or _right(output, labels) is None:
                 return None
-            return F.cross_entropy(first, labels)
+            return F.cross_entropy(first, labels.to(first.device))
         try:
             return self._loss(output, labels)
         except Exception as error:  # The user's code may raise anything.
@@ -297,6 +299,10 @@ def _note_least(moments: dict[str, list[Moments]], seen: Observations) -> bool:
         if not seen.layers[name].held:
             fewest = min(fewest, least)
     return fewest <= 1
+
+
+def _length(batch: Any) -> int:
+    return next((len(each) for each in tensors_of(batch) if each.ndim), 0)
 
 
 def _width(output: Any) -> int | None:
