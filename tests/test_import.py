@@ -85,9 +85,9 @@ sorted(set(normlab.__all__) - set(dir(normlab)))
 def test_the_documented_rooms_are_there_without_an_import_of_their_own():
     program = """
 import normlab
-[normlab.surgery.convert_with_report.__name__, normlab.study.judge.__name__]
+[normlab.surgery.exchange_norms.__name__, normlab.study.judge.__name__]
 """
-    assert in_a_new_process(program) == ["convert_with_report", "judge"]
+    assert in_a_new_process(program) == ["exchange_norms", "judge"]
 
 
 def test_an_unknown_name_is_pythons_own_error():

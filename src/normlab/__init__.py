@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normlab.diagnosis import Diagnosis, diagnose
     from normlab.study import Study
     from normlab.surgery.convert import convert
+    from normlab.surgery.fold import fold
     from normlab.surgery.freeze import freeze, unfreeze
     from normlab.surgery.recalibrate import adapt, recalibrate
     from normlab.training import Trainer
@@ -52,6 +53,7 @@ __all__ = [
     "compare",
     "convert",
     "diagnose",
+    "fold",
     "freeze",
     "recalibrate",
     "unfreeze",
@@ -69,6 +71,7 @@ _HOMES = {
     "compare": "comparison",
     "convert": "surgery",
     "diagnose": "diagnosis",
+    "fold": "surgery",
     "freeze": "surgery",
     "recalibrate": "surgery",
     "unfreeze": "surgery",

@@ -57,28 +57,21 @@ def test_a_networks_inside_is_that_of_the_state_given():
     x = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     state = {"hidden0.norm.weight": torch.full((8,), 2.0), "hidden0.norm.bias": torch.arange(8.0)}
     found = inside(network, state, x)
-    assert list(found) == [
-        "flatten",
-        "hidden0.linear",
-        "hidden0.norm",
-        "hidden0.activation",
-        "output",
-    ]
+    assert list(found) == ["hidden0.linear", "hidden0.norm", "hidden0.activation", "output"]
     assert list(found["hidden0.linear"]) == ["output"]
     norm = found["hidden0.norm"]
     assert norm["weight"] == histogram(torch.full((8,), 2.0))
     assert norm["bias"] == histogram(torch.arange(8.0))
     assert sum(norm["output"].counts) == 16 * 8
     assert norm["output"] != inside(network, {}, x)["hidden0.norm"]["output"]
-    assert found["flatten"]["output"] == histogram(x)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_a_layer_that_is_called_twice_is_seen_at_its_first_call_before_it_is_overwritten():
     shared = nn.ReLU(inplace=True)
-    network = nn.Sequential(nn.Identity(), shared, nn.Linear(2, 2), shared)
+    network = nn.Sequential(nn.Hardtanh(-1, 3), shared, nn.Linear(2, 2), shared)
     x = torch.tensor([[-1.0, 3.0]])
-    found = inside(network, {}, x.clone())
+    found = inside(network, {}, x)
     assert found["0"]["output"] == histogram(x)
     assert found["1"]["output"] == histogram(x.relu())
 
@@ -87,9 +80,14 @@ def test_whole_numbers_and_tuples_are_passed_over():
     class Words(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.rnn, self.last = nn.Identity(), nn.LSTM(2, 2), nn.Linear(2, 2)
+            self.first, self.rnn, self.last = nn.Hardtanh(), nn.LSTM(2, 2), nn.Linear(2, 2)
 
         def forward(self, x):
             return self.last(self.rnn(self.first(x).float())[0])
 
     assert list(inside(Words(), {}, torch.ones(3, 2, dtype=torch.int64))) == ["last"]
+
+
+def test_layers_that_return_what_they_get_are_passed_over():
+    layers = [nn.Flatten(), nn.Identity(), nn.Linear(4, 2), nn.Dropout(), nn.ReLU()]
+    assert list(inside(nn.Sequential(*layers).eval(), {}, torch.ones(3, 2, 2))) == ["2", "4"]

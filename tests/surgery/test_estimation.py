@@ -162,6 +162,18 @@ def test_masks_that_do_not_fit_are_the_layers_to_refuse():
             over_all(layer, [{"input": torch.ones(4, 3, 5), "mask": mask}])
 
 
+def test_layers_without_running_statistics_can_be_looked_at_too():
+    x = randn(4, 3)
+    found = over_all(nn.BatchNorm1d(3, track_running_stats=False).double(), [x], by_batch=False)
+    assert_right(found.layers[""], x)
+
+
+def test_a_single_value_has_no_unbiased_variance():
+    found = over_all(nn.BatchNorm1d(3), [torch.ones(1, 3)], by_batch=False).layers[""]
+    assert found.var.tolist() == [0] * 3
+    assert found.unbiased_var.isnan().all()
+
+
 def test_ghost_batches_are_one_batch():
     x = randn(12, 3)
     found = over_all(normlab.BatchNorm1d(3, ghost_size=4).double(), [x]).layers[""]
@@ -332,9 +344,13 @@ def test_compiled_code_is_seen_too():
     [
         (nn.BatchNorm1d(3), [], "expected at least one batch, got none"),
         (nn.BatchNorm1d(3), iter([]), "expected at least one batch, got none"),
-        (nn.BatchNorm1d(3), torch.ones(4, 3), "expected an iterable of batches, got a Tensor: put"),
-        (nn.BatchNorm1d(3), {"x": torch.ones(4, 3)}, "expected an iterable of batches, got a dict"),
-        (nn.BatchNorm1d(3), 3, "expected an iterable of batches, got a int"),
+        (nn.BatchNorm1d(3), torch.ones(4, 3), "such as a DataLoader, got a Tensor: put"),
+        (
+            nn.BatchNorm1d(3),
+            {"x": torch.ones(4, 3)},
+            "expected an iterable of batches, .* got a dict",
+        ),
+        (nn.BatchNorm1d(3), 3, "expected an iterable of batches, .* got a int"),
         (nn.BatchNorm1d(3), [3], "a batch is a int"),
         (
             nn.Sequential(nn.BatchNorm1d(3)),
@@ -369,7 +385,12 @@ def test_what_is_no_input_is_the_layers_to_refuse(bad):
 
 # ------------------------------------------------------------------------------ many ranks
 
-SIZES = {"unequal": [[5, 3, 2], [6]], "one without": [[], [4, 4]], "none": [[], []]}
+SIZES = {
+    "unequal": [[5, 3, 2], [6]],
+    "one without": [[], [4, 4]],
+    "one each": [[1, 1], [1, 1]],
+    "none": [[], []],
+}
 
 
 def model_for_ranks():
@@ -419,10 +440,11 @@ def work(rank, folder):
         timeout=timedelta(seconds=30),
     )
     alone = dist.new_group([0])
-    seen = {case: outcome(rank, case) for case in SIZES}
+    seen = {case: outcome(rank, case) for case in SIZES if case != "one each"}
     seen["iterator"] = outcome(rank, "unequal", as_iterator=rank == 1)
     seen["failing"] = outcome(rank, "unequal", forward=failing)
-    seen["wrapped"] = outcome(rank, "unequal", DistributedDataParallel(model_for_ranks()))
+    seen["wrapped"] = outcome(rank, "one without", DistributedDataParallel(model_for_ranks()))
+    seen["shared"] = outcome(rank, "one each", normlab.SyncBatchNorm(3).double())
     if rank == 1:
         try:
             over_all(model_for_ranks(), batches_of(1, "unequal"), process_group=alone)
@@ -442,7 +464,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["unequal", "one without", "iterator", "wrapped"])
 def test_ranks_together_do_what_one_process_does_over_all_batches(ranks, case):
-    sizes = case if case in SIZES else "unequal"
+    sizes = {"iterator": "unequal", "wrapped": "one without"}.get(case, case)
     whole, expected = recalibrate(
         model_for_ranks(), [each for rank in range(2) for each in batches_of(rank, sizes)]
     )
@@ -460,6 +482,15 @@ def test_ranks_together_do_what_one_process_does_over_all_batches(ranks, case):
             else:
                 assert_close(list(vars(other.after).values()), list(vars(layer.after).values()))
     assert_close(ranks[0][case][0], ranks[1][case][0], rtol=0, atol=0)
+
+
+def test_a_layer_that_shares_its_batch_may_have_one_sample_on_each_rank(ranks):
+    data = torch.cat([each for rank in range(2) for each in batches_of(rank, "one each")])
+    for state, report, _ in (rank["shared"] for rank in ranks):
+        mean, var = truth(data)
+        assert_close(state["running_mean"], mean, **EXACT)
+        assert_close(state["running_var"], var * 4 / 3, **EXACT)
+        assert report.layers[""].samples == 4
 
 
 def test_what_fails_on_one_rank_fails_on_all(ranks):

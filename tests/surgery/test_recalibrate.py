@@ -383,6 +383,11 @@ def test_a_weight_is_from_0_to_1(weight):
     assert_close(state(model), before, **SAME)
 
 
+def test_a_wrong_weight_is_told_before_anything_is_run():
+    with pytest.raises(InputError, match=r"expected a weight from 0 to 1, got 2$"):
+        adapt(network(), [], 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "densenet121"])
 def test_networks_of_timms(name):

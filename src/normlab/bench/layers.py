@@ -212,7 +212,7 @@ def _network(
     y = torch.randint(10, (batch,), generator=generator)
     stock = build_network(name, "torch-batch", 0, image_shape=image_shape, classes=10)
     plain = build_network(name, "plain", 0, image_shape=image_shape, classes=10)
-    networks = {"torch": stock, "normlab": convert(stock, "batch"), "without": plain}
+    networks = {"torch": stock, "normlab": convert(stock)[0], "without": plain}
 
     def stepper(network: nn.Module) -> Callable[[], None]:
         def step() -> None:

@@ -15,6 +15,8 @@ from normlab.probes.outputs import outputs
 __all__ = ["Histogram", "histogram", "inside"]
 
 _BINS = 30  # As many as TensorBoard shows.
+# In eval mode they return what they get, which another layer has shown or the user knows.
+_PASSING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 class Histogram(NamedTuple):
@@ -63,7 +65,8 @@ def inside(
 
     Returns:
         By layer, in the order of their calls: `output` of every layer that returns a floating-point
-        tensor, at its first call, and `weight` (γ) and `bias` (β) of norms that have them.
+        tensor, at its first call, and `weight` (γ) and `bias` (β) of norms that have them; without
+        layers that return what they get, such as `nn.Flatten`.
 
     >>> network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     >>> found = inside(network, {}, torch.ones(5, 3))
@@ -73,7 +76,9 @@ def inside(
     found: dict[str, dict[str, Histogram]] = {}
 
     def see(name: str, layer: nn.Module, output: Any) -> None:
-        if name in found or not isinstance(output, Tensor) or not output.is_floating_point():
+        if name in found or isinstance(layer, _PASSING):
+            return
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         # While it runs with the state, the layer holds the state's values.
         tensors = {"output": output}

@@ -58,8 +58,8 @@ class Estimate:
 
     @property
     def unbiased_var(self) -> Tensor:
-        """The variance that running statistics hold."""
-        return self.var * (self.count / (self.count - 1))
+        """The variance that running statistics hold; NaN for a single value."""
+        return self.var * (self.count / (self.count - 1) if self.count > 1 else math.nan)
 
 
 class Estimates(NamedTuple):
@@ -258,8 +258,8 @@ class _Run:
     def through(self, batches: Iterable[Any]) -> _Pass:
         if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
             raise InputError(
-                f"expected an iterable of batches, got a {type(batches).__name__}: put a single "
-                "batch in a list"
+                f"expected an iterable of batches, such as a DataLoader, got a "
+                f"{type(batches).__name__}: put a single batch in a list"
             )
         # A data-parallel wrapper would send buffers on each forward pass, and ranks may have
         # unequal numbers of them.
@@ -305,7 +305,8 @@ class _Run:
         if not isinstance(input, Tensor) or input.ndim < 2:
             return
         input, where = input.detach(), f"{name or 'the model'}: batch {self.number}"
-        shape, channels = tuple(input.shape), layer.running_mean.numel()
+        shape, mean = tuple(input.shape), layer.running_mean
+        channels = layer.num_features if mean is None else mean.numel()
         if shape[1] != channels:
             raise InputError(f"{where} has shape {shape} there, expected (N, {channels}, …)")
         mask = _mask(layer, input, kwargs)

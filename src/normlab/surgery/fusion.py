@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from normlab.surgery.tracing import Trace, in_place, names_read, public_methods, rewrite, trace
+from normlab.surgery.unfusing import mark
 
 __all__ = ["Follow", "Fused", "fuse"]
 
@@ -117,7 +118,9 @@ class _Surgeon:
                 follow = _activation_module(following)
                 if len(self.parents[following]) != 1 or self.calls[following]:
                     raise _RefusedError("the activation after it is used elsewhere too")
+                mark(following, type(following))
                 following.__class__ = nn.Identity  # What users hung on it stays.
+                mark(chain[-1], "sequence")
                 self.fused.follows[chain[-1]] = follow
 
     def operate_on_graph(self, owner: nn.Module) -> None:
@@ -135,6 +138,7 @@ class _Surgeon:
                     if reason:
                         raise _RefusedError(f"{self._forward_of(owner)} {reason}")
                     self.fused.follows[chain[-1]] = self._take(owner, node, chain)
+                    mark(chain[-1], "graph")
         if len(self.fused.follows) > before:
             graphs[0].lint()
             self.fused.rewritten[owner] = type(owner).__name__

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
@@ -23,6 +23,7 @@ __all__ = [
     "copy_of",
     "generators_kept",
     "modes_kept",
+    "put_back_on_failure",
     "run_on",
 ]
 
@@ -94,13 +95,12 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     if getattr(module, name) is not buffer:
                         setattr(module, name, buffer)
             for buffer, value in values:
-                if not torch.equal(buffer, value):  # The others need not look changed to autograd.
-                    buffer.copy_(value)
+                buffer.copy_(value)
 
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators their states back at the end."""
+    """Give global generators their states back at the end: Python's, NumPy's, CPU's and CUDA's."""
     pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
     # Of a device that was never used there is no state, and asking would start it.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -110,6 +110,53 @@ def generators_kept() -> Iterator[None]:
     finally:
         random.setstate(pythons)
         np.random.set_state(numpys)  # noqa: NPY002
+
+
+@contextmanager
+def put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give every module its class and attributes back if the context ends with an error.
+
+    Tensors are not copied: what the context wants to change of them it must replace.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> try:
+    ...     with put_back_on_failure(model):
+    ...         model[0] = nn.Identity()
+    ...         raise ValueError
+    ... except ValueError:
+    ...     model[0]
+    ReLU()
+    """
+    before = [
+        (
+            each,
+            type(each),
+            vars(each),
+            {name: _shallow(value) for name, value in vars(each).items()},
+        )
+        for each in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, contents in before:
+            module.__class__ = cls
+            object.__setattr__(module, "__dict__", attributes)
+            for name in attributes.keys() - contents.keys():
+                del attributes[name]
+            for name, (value, content) in contents.items():
+                attributes[name] = value
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+            if isinstance(module, fx.GraphModule):
+                module.recompile()
+        raise
+
+
+def _shallow(value: Any) -> tuple[Any, Any]:
+    """Return a value, and a copy of it if it can change without being set."""
+    return value, copy.copy(value) if isinstance(value, (dict, set)) else None
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

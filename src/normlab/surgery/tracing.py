@@ -27,7 +27,16 @@ from torch import fx, nn
 
 from normlab.errors import InputError
 
-__all__ = ["Trace", "in_place", "names_read", "public_methods", "rewrite", "trace"]
+__all__ = [
+    "Trace",
+    "before_rewriting",
+    "in_place",
+    "names_read",
+    "public_methods",
+    "rewrite",
+    "same_steps",
+    "trace",
+]
 
 
 class Trace(NamedTuple):
@@ -81,7 +90,7 @@ def trace(module: nn.Module) -> Trace:
             _restore(vars(each), contents)
         for each, mode in modes.items():
             each.training = mode
-    return Trace(graphs, "" if _steps(graphs[0]) == _steps(graphs[1]) else "depends on the mode")
+    return Trace(graphs, "" if same_steps(*graphs) else "depends on the mode")
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -219,6 +228,11 @@ def _restore(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> 
             value.update(content)
 
 
+def same_steps(one: fx.Graph, other: fx.Graph) -> bool:
+    """Tell whether two graphs do the same, step by step."""
+    return _steps(one) == _steps(other)
+
+
 def _steps(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(node.op, node.target, repr(node.args), repr(node.kwargs)) for node in graph.nodes]
 
@@ -295,6 +309,14 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> None:
     module.__class__ = _subclass(type(module), code.src, scope, sorted(fixed))
 
 
+_BEFORE = "_before_rewriting"
+
+
+def before_rewriting(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the class that a module had before `rewrite`; None if it was not rewritten."""
+    return vars(cls).get(_BEFORE)
+
+
 def _subclass(
     base: type[nn.Module], source: str, scope: dict[str, Any], fixed: list[str]
 ) -> type[nn.Module]:
@@ -325,6 +347,7 @@ def _subclass(
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "__setattr__": set_attribute,
+        _BEFORE: base,
         "forward": namespace["forward"],
     }
     return types.new_class(base.__name__, (base,), {}, lambda body: body.update(attributes))

@@ -26,7 +26,7 @@ from normlab.probes import inside
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
-from normlab.training.layout import channels_last, laid_out
+from normlab.training.layout import channels_last, laid_out, may_have_channels_last
 from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
 from normlab.training.steps import Steps
 
@@ -186,7 +186,8 @@ class Fleet:
         """Make the pass, and lay parameters out as their gradients are, for one sweep over both."""
         self.network.train()
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
-        if not self._is_stacked and self.engine.code != "native":
+        is_torchs = not self._is_stacked and self.engine.code != "native"
+        if is_torchs and may_have_channels_last(self.network):
             self._parameters = [channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self.example(self.recipe.batch_size)
         strides = program.gradient_strides(

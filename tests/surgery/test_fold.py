@@ -1,0 +1,932 @@
+import dataclasses
+import math
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.testing import assert_close
+
+import normlab
+from normlab.errors import InputError
+from normlab.networks import build_network
+from normlab.surgery.changes import Activated
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny convolutions on many threads wait for one another more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def prepared(model, dtype=torch.float64):
+    """A model in evaluation, with batch norms that have seen something."""
+    model = model.to(dtype).eval()
+    with torch.no_grad():
+        for seed, (name, tensor) in enumerate(model.state_dict().items()):
+            if tensor.is_floating_point():
+                values = randn(*tensor.shape, seed=seed)
+                tensor.copy_(0.5 + values.abs() if name.endswith("running_var") else values)
+    return model
+
+
+def state(model):
+    """All of a model, to the bit."""
+    parts = [(name, type(each), each.training) for name, each in model.named_modules()]
+    identities = [(name, id(each), each.requires_grad) for name, each in model.named_parameters()]
+    return parts, identities, pickle.dumps(model.state_dict())
+
+
+def assert_folded(model, x, folded, left=(), prepare=True, **options):
+    """Fold, and compare with the original on the example and on other values."""
+    model = prepared(model) if prepare else model
+    before = state(model)
+    result, report = normlab.fold(model, x, **options)
+    assert state(model) == before
+    assert {name: tuple(into) for name, into in report.folded.items()} == folded
+    assert sorted(report.left) == sorted(left)
+    there = {name for name, each in result.named_modules() if isinstance(each, NORMS)}
+    assert there == set(left)
+    example = x if isinstance(x, tuple) else (x,)
+    other = tuple(1 - 2 * each for each in example)
+    with torch.no_grad():
+        for values in (example, other):
+            assert_close(result(*values), model(*values), **EXACT)
+    assert report.removed == tuple(
+        key for key in model.state_dict() if key not in result.state_dict()
+    )
+    assert report.added == tuple(
+        key for key in result.state_dict() if key not in model.state_dict()
+    )
+    return result, report
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def image(rank, channels=4):
+    return randn(2, channels, *[7, 6, 5][:rank])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kinds", [CONVOLUTIONS, TRANSPOSED], ids=["plain", "transposed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "padding": 1},
+        {"groups": 2, "stride": 2},
+        {"groups": 4, "dilation": 2, "bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_convolution_takes_in_the_batch_norm_after_it(rank, kinds, options, affine):
+    conv = kinds[rank](4, 8, 3, **options)
+    model = nn.Sequential(conv, BATCH_NORMS[rank](8, affine=affine), nn.ReLU())
+    result, report = assert_folded(model, image(rank), {"1": ("0", "before")})
+    assert isinstance(result[1], nn.Identity)
+    assert report.added == (() if options.get("bias", True) else ("0.bias",))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_any_padding_before_a_batch_norm_and_all_but_zeros_after_it(rank, mode):
+    def conv(inputs, outputs):
+        return CONVOLUTIONS[rank](inputs, outputs, 3, padding=2, padding_mode=mode, groups=2)
+
+    norms = [BATCH_NORMS[rank](channels) for channels in (4, 8)]
+    model = nn.Sequential(norms[0], conv(4, 8), norms[1], nn.ReLU())
+    assert_folded(model, image(rank), {"0": ("1", "after"), "2": ("1", "before")})
+
+
+def test_weights_by_hand():
+    model = prepared(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, eps=0.25)))
+    result, _ = normlab.fold(model, image(2, 2))
+    conv, norm = model
+    for channel in range(3):
+        scale = norm.weight[channel] / math.sqrt(norm.running_var[channel] + 0.25)
+        shift = norm.bias[channel] + (conv.bias[channel] - norm.running_mean[channel]) * scale
+        assert_close(result[0].weight[channel], conv.weight[channel] * scale, **EXACT)
+        assert_close(result[0].bias[channel], shift, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.Conv2d(4, 6, 3, padding="valid", bias=False),
+        nn.Conv2d(4, 6, 1, padding="same"),
+        nn.ConvTranspose2d(4, 6, 1, groups=2, bias=False),
+    ],
+    ids=str,
+)
+def test_a_layer_takes_in_the_batch_norm_before_it(layer):
+    assert_folded(nn.Sequential(nn.BatchNorm2d(4), layer), image(2), {"0": ("1", "after")})
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), "pads with zeros"),
+        (nn.Conv2d(4, 6, 3, padding="same"), "pads with zeros"),
+        (nn.Conv2d(4, 6, 1, padding=(0, 1)), "pads with zeros"),
+        (nn.ConvTranspose2d(4, 6, 2), "is transposed"),
+        (nn.ConvTranspose2d(4, 6, 1, stride=2), "is transposed"),
+        (nn.ConvTranspose2d(4, 6, 1, padding=1), "is transposed"),
+    ],
+    ids=str,
+)
+def test_what_a_layer_cannot_take_in_before_it_unless_nothing_is_shifted(layer, why):
+    model = nn.Sequential(nn.BatchNorm2d(4), layer)
+    _, report = assert_folded(model, image(2), {}, ["0"])
+    assert f"1, the layer after it, {why}" in report.left["0"]
+    with torch.no_grad():
+        model[0].running_mean.zero_()
+        model[0].bias.zero_()
+    assert_folded(model, image(2), {"0": ("1", "after")}, prepare=False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_linear_layers(bias, affine):
+    norms = [nn.BatchNorm1d(size, affine=affine) for size in (4, 5)]
+    model = nn.Sequential(norms[0], nn.Linear(4, 5, bias=bias), norms[1], nn.Sigmoid())
+    assert_folded(model, randn(6, 4), {"0": ("1", "after"), "2": ("1", "before")})
+
+
+class Flat(nn.Module):
+    """A linear layer over tokens and a batch norm over their channels, as in LeViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def test_a_linear_layer_over_tokens():
+    assert_folded(Flat(), randn(2, 3, 4), {"norm": ("linear", "before")})
+
+
+def test_several_batch_norms_in_a_row():
+    norms = [nn.BatchNorm2d(4) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *norms[:2], nn.ReLU(), norms[2])
+    assert_folded(model, image(2, 3), {"1": ("0", "before"), "2": ("0", "before")}, ["4"])
+
+
+def net(function, **modules):
+    """A module with a forward pass of a test's own."""
+    result = type("Net", (nn.Module,), {"forward": function})()
+    for name, module in modules.items():
+        setattr(result, name, module)
+    return result
+
+
+def test_modules_across_boundaries_and_whatever_code_is_between():
+    def forward(self, x):
+        for name in ("first", "second"):
+            x = getattr(self, name)(x)
+        return {"scores": [F.dropout(F.relu(self.norm(x)), training=self.training)]}
+
+    model = net(
+        forward,
+        first=nn.Sequential(nn.Conv2d(4, 4, 3)),
+        second=nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)),
+        norm=nn.BatchNorm2d(2),
+    )
+    folded = {"second.0": ("first.0", "before"), "norm": ("second.2", "before")}
+    assert_folded(model, image(2), folded)
+
+
+def test_modules_called_twice_are_folded_where_each_call_is_paired():
+    def forward(self, x, y):
+        return self.norm(self.conv(x)) - self.norm(self.conv(y))
+
+    model = net(forward, conv=nn.Conv2d(4, 3, 3), norm=nn.BatchNorm2d(3))
+    assert_folded(model, (image(2), image(2) + 1), {"norm": ("conv", "before")})
+
+
+def test_one_module_under_two_names():
+    conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    model = nn.Sequential(conv, norm, nn.ReLU(), conv, norm)
+    result, report = assert_folded(model, image(2), {"1": ("0", "before")})
+    assert result[1] is result[4]
+    assert "4.weight" in report.removed
+
+
+READERS = {
+    "is also read by mul": lambda self, x: self.norm(y := self.conv(x)) + 2 * y,
+    "is also read by relu_": lambda self, x: self.norm(F.relu_(self.conv(x))),
+    "is also read by relu": lambda self, x: self.norm(y := self.conv(x)) + y.view(-1).relu().sum(),
+    "is kept, or returned by the model": lambda self, x: (self.norm(y := self.conv(x)), y[:1]),
+    "is also read by numpy": lambda self, x: self.norm(y := self.conv(x)) + y.numpy().max(),
+    "is also read by tolist": lambda self, x: self.norm(y := self.conv(x)) + y[0, 0, 0].tolist()[0],
+    "is also read by other": lambda self, x: self.norm(y := self.conv(x)) + self.other(y),
+    "is not always passed on once": lambda self, x: self.norm(self.conv(x)) + len(self.conv(x + 1)),
+    "no convolution or linear layer makes its input": lambda self, x: self.norm(self.conv(x) + 1),
+    "its inputs come from several layers": lambda self, x: (
+        self.norm(self.conv(x)) + self.norm(self.other(x))
+    ),
+    "the forward pass goes elsewhere": lambda self, x: F.batch_norm(
+        self.conv(x), self.norm.running_mean, self.norm.running_var
+    ),
+}
+
+
+@pytest.mark.parametrize("why", READERS)
+def test_what_else_is_read_is_seen(why):
+    model = net(
+        READERS[why], conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4), other=nn.Conv2d(4, 4, 3)
+    )
+    if "other" in why:
+        model.other = nn.Conv2d(4, 4, 1)
+    model = prepared(model)
+    before = state(model)
+    _, report = normlab.fold(model, image(2))
+    assert state(model) == before
+    assert report.certificate is None
+    why = "the tensors of it are also read elsewhere" if "elsewhere" in why else why
+    assert why in report.left["norm"]
+
+
+def test_a_value_that_is_stored_on_the_way():
+    def forward(self, x):
+        self.seen = self.conv(x)
+        return self.norm(self.seen)
+
+    model = prepared(net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4)))
+    assert "is kept" in normlab.fold(model, image(2))[1].left["norm"]
+
+
+def shared(name):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
+    setattr(model[2], name, getattr(model[0], name))
+    return model
+
+
+def hooked(index, hook):
+    model = pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    getattr(model[index], hook)(lambda *_: None)
+    return model
+
+
+def changed(index, function):
+    model = pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    function(model[index])
+    return model
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * F.conv2d(x, self.weight, self.bias)
+
+
+class Biasless(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself, as TensorFlow's "same" does."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+def pair(conv, norm):
+    return nn.Sequential(conv, norm).eval()
+
+
+PARAMETRIZED = nn.utils.parametrizations.weight_norm
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (shared("weight"), "the weight of 0, the layer before it, is shared: 0.weight, 2.weight"),
+        (shared("bias"), "the bias of 0, the layer before it, is shared: 0.bias, 2.bias"),
+        *[
+            (hooked(i, f"register_{each}"), f"{what} has hooks")
+            for i, what in ((0, "0, the layer before it,"), (1, "it"))
+            for each in ("forward_hook", "forward_pre_hook", "full_backward_hook")
+        ],
+        (changed(0, PARAMETRIZED), "the weight of 0, the layer before it, is computed"),
+        (changed(1, lambda m: PARAMETRIZED(m, dim=None)), "the weight of it is computed"),
+        (changed(1, lambda m: setattr(m, "forward", m.forward)), "the forward of it was set"),
+        (changed(0, lambda m: setattr(m, "forward", m.forward)), "the forward of 0, the layer"),
+        (changed(1, lambda m: m.train()), "it is in training mode by choice"),
+        (pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), "it has no runn"),
+        (pair(nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()), "it is not initialized"),
+        (pair(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)), "0, the layer before it, is not init"),
+        (pair(Standardized(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: mean, sub"),
+        (pair(Doubled(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: convolution"),
+        (pair(nn.Conv2d(4, 4, 1), DoubledNorm(4)), "the forward of its class DoubledNorm does"),
+        (pair(Biasless(4, 4, 1, bias=False), nn.BatchNorm2d(4)), "its own, which reads no bias"),
+        (pair(nn.BatchNorm2d(4), Padded(4, 4, 2)), "1, the layer after it, has a forward of its"),
+        (nn.BatchNorm2d(4).eval(), "no convolution or linear layer makes its input"),
+    ],
+    ids=str,
+)
+def test_what_is_left_is_named_with_the_reason(model, why):
+    _, report = normlab.fold(model.double(), image(2))
+    assert not report.folded
+    (reason,) = report.left.values()
+    assert why in reason
+    assert why in str(report)
+
+
+def test_hooks_that_read_what_passes_are_seen():
+    model = prepared(nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)))
+    model[0].register_forward_hook(lambda *_: None)
+    assert "is also read by hooks of 0" in normlab.fold(model, image(2))[1].left["1"]
+
+
+def test_a_convolution_of_its_own_that_is_one_with_its_weight():
+    model = nn.Sequential(Padded(4, 6, 2, bias=False), nn.BatchNorm2d(6))
+    assert_folded(model, image(2), {"1": ("0", "before")})
+
+
+def test_channels_that_are_not_the_second_dimension():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    _, report = assert_folded(model, randn(2, 3, 4), {}, ["1"])
+    assert "the channels of 0, the layer before it, are not its own" in report.left["1"]
+    unbatched = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm1d(5))
+    assert_folded(unbatched, randn(4, 7, 6), {}, ["1"])
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training
+        )
+        return self.act(self.drop(x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.PReLU(), nn.Identity()], ids=str)
+def test_what_a_subclass_hands_on_to_stays(act):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), NormAct(4, act))
+    result, _ = assert_folded(model, image(2), {"1": ("0", "before")})
+    assert type(result[1].act) is type(act)
+    assert isinstance(result[1].drop, nn.Identity)
+
+
+@pytest.mark.parametrize("norm", [nn.SyncBatchNorm, normlab.SyncBatchNorm, normlab.BatchNorm2d])
+def test_kinds_of_batch_norms(norm):
+    assert_folded(nn.Sequential(nn.Conv2d(4, 4, 3), norm(4)), image(2), {"1": ("0", "before")})
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind"),
+    [
+        (None, nn.Identity),
+        ("relu", nn.ReLU),
+        ("leaky_relu", nn.LeakyReLU),
+        ("sigmoid", nn.Sigmoid),
+        ("silu", nn.SiLU),
+    ],
+)
+def test_activations_of_normlabs_layers_stay(activation, kind):
+    norm = normlab.BatchNorm2d(4, activation=activation, negative_slope=0.3)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), norm)
+    result, _ = assert_folded(model, image(2), {"1": ("0", "before")})
+    assert type(result[1]) is kind
+    assert getattr(result[1], "negative_slope", 0.3) == 0.3
+
+
+def residual(self, x):
+    return self.norm(self.conv(x), residual=x)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_residuals_of_normlabs_layers_stay(activation):
+    norm = normlab.BatchNorm2d(4, activation=activation)
+    model = net(residual, conv=nn.Conv2d(4, 4, 1), norm=norm)
+    result, _ = assert_folded(model, image(2), {"norm": ("conv", "before")})
+    assert type(result.norm) is Activated
+    assert [each.training for each in result.modules()] == [False] * 4
+
+
+def test_a_residual_that_is_the_input_too():
+    model = net(
+        lambda self, x: self.norm(y := self.conv(x), y),
+        conv=nn.Conv2d(4, 4, 1),
+        norm=normlab.BatchNorm2d(4),
+    )
+    assert_folded(model, image(2), {}, ["norm"])
+
+
+def test_a_mask_is_no_residual():
+    mask = torch.ones(2, 7, 6, dtype=torch.bool)
+    model = net(
+        lambda self, x: self.norm(self.conv(x), mask=mask),
+        conv=nn.Conv2d(4, 4, 1),
+        norm=normlab.BatchNorm2d(4),
+    )
+    _, report = assert_folded(model, image(2), {}, ["norm"])
+    assert "something else than a tensor and a residual" in report.left["norm"]
+
+
+@pytest.mark.parametrize("network", ["lenet", "resnet18"])
+@pytest.mark.parametrize("arm", ["batch", "torch-batch"])
+def test_bundled_networks(network, arm):
+    model = build_network(network, arm, 0, image_shape=(3, 32, 32), classes=10)
+    norms = [name for name, each in model.named_modules() if isinstance(each, NORMS)]
+    x = randn(2, 3, 32, 32)
+    _, report = normlab.fold(prepared(model), x)
+    assert list(report.folded) == norms
+    assert report.certificate.relative_largest < 1e-12
+
+
+class Dense(nn.Module):
+    """A layer of a DenseNet: what it makes is joined to what it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+
+
+class PreActivation(Dense):
+    def forward(self, x):
+        y = F.relu(self.norm1(x))
+        return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+@pytest.mark.parametrize("block", [Dense, PreActivation])
+def test_blocks_that_normalize_first(block):
+    _, report = assert_folded(block(), image(2), {"norm2": ("conv1", "before")}, ["norm1"])
+    assert report.left["norm1"].endswith("its output is read by relu, not by one such layer alone")
+
+
+def test_a_converted_model():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = F.relu(self.bn1(self.conv1(x)))
+            return F.relu(self.bn2(self.conv2(y)) + x)
+
+    model = normlab.convert(prepared(Block()))
+    assert model.bn2.activation == "relu"
+    result, _ = normlab.fold(model, image(2))
+    assert type(result.bn1) is nn.ReLU
+    assert type(result.bn2) is Activated
+    assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def test_a_graph_module():
+    traced = fx.symbolic_trace(prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))))
+    result, report = normlab.fold(traced, image(2))
+    assert report.folded
+    assert_close(result(image(2)), traced(image(2)), **EXACT)
+
+
+# What torch's own folding does wrong, and that it does.
+
+
+def torchs(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Importing it warns of what it imports.
+        from torch.fx.experimental.optimization import fuse
+    return fuse(model)
+
+
+def test_torchs_folding_of_linear_layers_takes_no_batch_norm_without_weights():
+    model = prepared(nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, affine=False)))
+    with pytest.raises(TypeError):
+        fuse_linear_bn_eval(*model)
+    assert_folded(model, randn(5, 4), {"1": ("0", "before")})
+
+
+def test_torchs_folding_of_grouped_transposed_convolutions_fails():
+    model = prepared(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)))
+    with pytest.raises(RuntimeError):
+        fuse_conv_bn_eval(*model, transpose=True)
+    assert_folded(model, image(2), {"1": ("0", "before")})
+
+
+def test_torchs_folding_spoils_shared_convolutions():
+    conv = nn.Conv2d(4, 4, 3)
+    model = prepared(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), conv, nn.BatchNorm2d(4)))
+    assert (torchs(model)(image(2)) - model(image(2))).abs().max() > 0.1
+    assert_folded(model, image(2), {}, ["1", "4"])
+
+
+def test_torchs_folding_takes_tokens_for_channels():
+    model = prepared(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    x = randn(2, 3, 4)
+    assert (torchs(model)(x) - model(x)).abs().max() > 0.1
+    assert_folded(model, x, {}, ["1"])
+
+
+# What is kept.
+
+
+def test_modes_randomness_and_what_is_frozen():
+    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Dropout()))
+    model[0].weight.requires_grad_(False)
+    model.train()
+    model[2].eval()
+    model[1].register_buffer("mine", torch.ones(1))
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    result, report = normlab.fold(model, image(2))
+    assert [each.training for each in result.modules()] == [True, True, True, False]
+    assert report.training
+    assert "training mode" in str(report)
+    assert not result[0].weight.requires_grad
+    assert result[0].bias.requires_grad
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_a_bias_is_as_frozen_as_the_weight_where_the_batch_norm_has_none():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, affine=False))
+    model[0].weight.requires_grad_(False)
+    assert not assert_folded(model, randn(5, 4), {"1": ("0", "before")})[0][0].bias.requires_grad
+
+
+def test_a_model_that_draws_at_random_or_counts_is_compared_with_itself():
+    def forward(self, x):
+        self.calls += 1
+        return F.dropout(self.norm(self.conv(x))) * (1 + torch.rand(1)) * self.calls
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    model.register_buffer("calls", torch.zeros(()))
+    result, report = normlab.fold(prepared(model), image(2))
+    assert report.certificate.relative_largest < 1e-12
+    assert result.calls == model.calls
+
+
+def test_in_place():
+    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    expected = model(image(2))
+    norm = model[1]
+    result, _ = normlab.fold(model, image(2), inplace=True)
+    assert result is model
+    assert model[1] is norm
+    assert type(norm) is nn.Identity
+    assert_close(model(image(2)), expected, **EXACT)
+
+
+def test_who_holds_a_batch_norm_elsewhere_holds_what_is_left_of_it():
+    model = net(
+        lambda self, x: self.norms[0](self.conv(x)),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
+    model.norms = [model.norm]
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
+
+
+def test_layouts_and_dtypes():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model = prepared(model, torch.bfloat16).to(memory_format=torch.channels_last)
+    result, report = normlab.fold(model, image(2).bfloat16())
+    assert result[0].weight.dtype == result[0].bias.dtype == torch.bfloat16
+    assert result[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert report.certificate.tolerance == 2e-2
+
+
+def test_examples_by_position_and_keyword_and_left_alone():
+    def forward(self, x, *, scale):
+        return self.norm(self.conv(x.mul_(scale)))
+
+    model = prepared(net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4)))
+    example = {"x": image(2), "scale": 2}
+    assert normlab.fold(model, example)[1].folded
+    assert_close(example["x"], image(2), rtol=0, atol=0)
+
+
+@dataclasses.dataclass
+class Scores:
+    scores: torch.Tensor
+    names: str = "none"
+
+
+def test_certificate_over_nested_outputs():
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return Scores(y), {"more": (y.new_full((2,), math.nan), torch.view_as_complex(y[..., :2]))}
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    model = prepared(model, torch.float32)
+    x = image(2).float()
+    result, report = normlab.fold(model, x)
+    (one, more), (other, again) = model(x), result(x)
+    largest = (one.scores.double() - other.scores.double()).abs().max()
+    pairs = [(one.scores, other.scores), (one.scores[..., :2], other.scores[..., :2])]
+    total = sum((a.double() - b.double()).abs().sum() for a, b in pairs)
+    assert report.certificate.largest == largest.item()
+    assert report.certificate.scale == one.scores.abs().max().item()
+    count = sum(a.numel() for a, _ in pairs) + 2
+    assert report.certificate.mean == pytest.approx(total.item() / count)
+    assert report.certificate.relative_largest == largest.item() / report.certificate.scale
+    assert len(more) == len(again)
+
+
+# What is refused.
+
+
+def extreme():
+    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.float32)
+    with torch.no_grad():
+        model[0].bias.fill_(1000)
+        model[1].running_mean.fill_(1000)
+        model[1].running_var.fill_(1e-12)
+    return model
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_above_the_tolerance_nothing_is_changed(inplace):
+    model = extreme()
+    before = state(model)
+    with pytest.raises(InputError, match=r"by more than is allowed .*factor, .* is of 1 \(least"):
+        normlab.fold(model, image(2).float(), tolerance=1e-9, inplace=inplace)
+    assert state(model) == before
+
+
+def test_weights_that_do_not_fit_stay():
+    model = prepared(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, eps=0)), torch.float16)
+    with torch.no_grad():
+        model[0].weight.fill_(300)
+        model[1].running_var.fill_(6e-8)
+    _, report = normlab.fold(model, randn(3, 4).half())
+    assert "would have weights of" in report.left["1"]
+    model[1].running_var.zero_()
+    _, report = normlab.fold(model, randn(3, 4).half())
+    assert report.left["1"].startswith("its scale or shift is not finite")
+
+
+class Curious(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * self.norm.eps
+
+
+class Uncopyable(nn.Module):
+    def __deepcopy__(self, memo):
+        raise TypeError("not this one")
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (nn.Conv2d(4, 4, 3), torch.ones(2, 3, 7, 7), "cannot be run on the example .*2, 3, 7, 7"),
+        (nn.Conv2d(4, 4, 3), "text", "the example is a str: expected a tensor, a tuple"),
+        (nn.Conv2d(4, 4, 3), [torch.ones(1)], "the example is a list"),
+        ("text", torch.ones(1), "expected a torch.nn.Module, got str"),
+        (Curious(), torch.ones(2, 4, 7, 7), "folded it does not, .*has no attribute 'eps'"),
+        (Uncopyable(), torch.ones(1), "Uncopyable cannot be copied, .*not this one"),
+        (
+            net(lambda self, x: self.m(x).argmax(1), m=pair(nn.Linear(4, 4), nn.BatchNorm1d(4))),
+            torch.ones(2, 4),
+            "the model returns a Tensor of torch.int64: expected floating-point",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_named(model, example, message):
+    with pytest.raises(InputError, match=message):
+        normlab.fold(model.eval() if isinstance(model, nn.Module) else model, example)
+
+
+def test_a_negative_tolerance():
+    with pytest.raises(InputError, match="expected a tolerance of 0 or more, got -1"):
+        normlab.fold(nn.Identity(), torch.ones(1), tolerance=-1)
+
+
+def test_nothing_to_fold():
+    result, report = normlab.fold(nn.Linear(2, 2), torch.ones(1, 2))
+    assert str(report) == "the model has no batch norms: nothing to fold"
+    assert isinstance(result, nn.Linear)
+
+
+def test_report_reads_well():
+    model = prepared(nn.Sequential(Dense(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2)))
+    _, report = normlab.fold(model, image(2))
+    lines = str(report).splitlines()
+    assert lines[0] == "2 batch norms folded, 1 left as they were"
+    assert lines[1].startswith("  largest error ")
+    assert lines[2:] == [
+        "  0.norm2: into 0.conv1, before it",
+        "  2: into 1, before it",
+        "  0.norm1: left, no convolution or linear layer makes its input; its output is read by "
+        "relu, not by one such layer alone",
+        "  state dict: 10 keys gone (.removed), 1 new (.added)",
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.folded = {}
+
+
+def test_onnxruntime_runs_what_is_folded(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = prepared(
+        nn.Sequential(
+            nn.Conv2d(4, 8, 3, bias=False),
+            normlab.BatchNorm2d(8, activation="silu"),
+            nn.ConvTranspose2d(8, 4, 2, groups=2),
+            nn.BatchNorm2d(4),
+        ),
+        torch.float32,
+    )
+    x = image(2).float()
+    folded, report = normlab.fold(model, x)
+    assert len(report.folded) == 2
+    path = str(tmp_path / "folded.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The exporter's own.
+        torch.onnx.export(folded, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(found), folded(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+# Functional calls.
+
+
+class Functional(nn.Module):
+    """Owns the tensors of a layer and a batch norm, and a way to call them."""
+
+    def __init__(self, call, **modules):
+        super().__init__()
+        self.call = call
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.w = nn.Parameter(torch.empty(6, 2, 3, 3))
+        self.b = nn.Parameter(torch.empty(6))
+        self.gamma, self.beta = nn.Parameter(torch.empty(6)), nn.Parameter(torch.empty(6))
+        self.register_buffer("mean", torch.empty(6))
+        self.register_buffer("running_var", torch.empty(6))
+
+    def _norm(self, x):
+        return F.batch_norm(
+            x, self.mean, self.running_var, self.gamma, self.beta, self.training, eps=0.1
+        )
+
+    def forward(self, x):
+        return self.call(self, x).relu()
+
+
+def whole(self, x):
+    return self._norm(F.conv2d(x, self.w, self.b, groups=2, stride=2))
+
+
+def test_functional_layers_and_batch_norms():
+    model = nn.Sequential(Functional(whole), nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3))
+    folded = {"0.batch_norm0": ("0.layer0", "before"), "2": ("1", "before")}
+    result, report = assert_folded(model, image(2), folded)
+    assert {"0.w", "0.b", "0.gamma", "0.beta", "0.mean", "0.running_var"} < set(report.removed)
+    assert report.added == ("0.layer0.weight", "0.layer0.bias")
+    assert result[0].layer0.groups == 2
+    assert result[0].layer0.weight.shape == (6, 2, 3, 3)
+    assert isinstance(result[0], Functional)
+    again = pickle.loads(pickle.dumps(result))
+    assert_close(again(image(2)), result(image(2)), rtol=0, atol=0)
+
+
+def test_a_functional_batch_norm_after_a_module_in_place():
+    model = prepared(Functional(lambda self, x: self._norm(self.conv(x)), conv=nn.Conv2d(4, 6, 3)))
+    expected = model(image(2))
+    result, report = normlab.fold(model.train(), image(2), inplace=True)
+    assert result is model
+    assert report.folded == {"batch_norm0": ("conv", "before")}
+    assert result.training
+    assert_close(result.eval()(image(2)), expected, **EXACT)
+
+
+def tokens(self, x):
+    return self._norm(F.linear(x, self.v))
+
+
+def transposed(self, x):
+    return self._norm(F.conv_transpose1d(x, self.v, None, 2, groups=2))
+
+
+@pytest.mark.parametrize(
+    ("call", "shape", "x"),
+    [(tokens, (6, 4), randn(5, 4)), (transposed, (4, 3, 3), image(1))],
+    ids=["linear", "transposed"],
+)
+def test_functional_layers_of_other_kinds(call, shape, x):
+    model = Functional(call)
+    model.v = nn.Parameter(torch.empty(shape))
+    result, _ = assert_folded(model, x, {"batch_norm0": ("layer0", "before")})
+    assert result.layer0.weight.shape == shape
+
+
+FUNCTIONAL = {
+    "b is also read elsewhere": lambda self, x: whole(self, x) + self.b.sum(),
+    "its input is also read elsewhere": lambda self, x: self._norm(y := self.conv(x)) + y,
+    "no convolution or linear layer makes its input": lambda self, x: self._norm(self.conv(x) + 1),
+    "the forward of Functional cannot be traced": lambda self, x: (
+        whole(self, x) if x.sum() > 0 else whole(self, -x)
+    ),
+    "the forward of Functional depends on the mode": lambda self, x: (
+        whole(self, x) + 1 if self.training else whole(self, x)
+    ),
+    "keeper, the layer before it, returns is kept": lambda self, x: self._norm(self.keeper(x)),
+}
+
+
+class Keeper(nn.Conv2d):
+    def forward(self, x):
+        self.seen = super().forward(x)
+        return self.seen
+
+
+@pytest.mark.parametrize("why", FUNCTIONAL)
+def test_functional_calls_that_stay_are_named(why):
+    model = Functional(FUNCTIONAL[why], conv=nn.Conv2d(4, 6, 3), keeper=Keeper(4, 6, 3))
+    _, report = normlab.fold(prepared(model), image(2))
+    assert not report.folded
+    assert list(report.left) == ["F.batch_norm in the model"]
+    assert why in report.left["F.batch_norm in the model"]
+
+
+def test_of_several_functional_batch_norms_those_that_can_are_folded():
+    def call(self, x):
+        y = self._norm(self.conv(x))
+        return F.batch_norm(y.relu(), self.other_mean, self.other_var)
+
+    model = Functional(call, conv=nn.Conv2d(4, 6, 3))
+    model.register_buffer("other_mean", torch.zeros(6))
+    model.register_buffer("other_var", torch.ones(6))
+    model = prepared(model)
+    model.other_var.abs_()
+    result, report = normlab.fold(model, image(2))
+    assert report.folded == {"batch_norm0": ("conv", "before")}
+    assert report.left == {
+        "F.batch_norm in the model": "it is not a module, and cannot become one: no convolution or "
+        "linear layer makes its input"
+    }
+    assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def test_under_inference_mode_around_it_and_within():
+    def forward(self, x):
+        with torch.inference_mode():
+            return self.norm(self.conv(x))
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    with torch.inference_mode():
+        result, _ = assert_folded(model, image(2), {"norm": ("conv", "before")})
+    assert not result.conv.weight.is_inference()
+
+
+def test_scripted_modules():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated, and used.
+        scripted = torch.jit.script(nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), scripted).double().eval()
+    assert normlab.fold(model, image(2))[1].folded
+    with pytest.raises(InputError, match="got a RecursiveScriptModule: fold before"):
+        normlab.fold(scripted, image(2))
