@@ -220,12 +220,18 @@ def test_batches_by_class_are_told_and_everything_else_is_measured_on_mixed_ones
 def test_small_batches_are_noise(lenet, batches):
     images, labels = (torch.cat(each)[:512] for each in zip(*batches, strict=True))
     four = list(zip(images.split(4), labels.split(4), strict=True))
-    found = heavy(diagnose(lenet, four))
+    diagnosis = diagnose(lenet, four)
+    found = heavy(diagnosis)
     assert found == {
         (signal, f"hidden{i}.norm"): weight
         for signal, weight in (("batch noise", "error"), ("tiny count", "warning"))
         for i in (0, 1)
     }
+    (fix,) = {f.fix for f in diagnosis.findings if f.signal == "batch noise"}
+    scope = {"model": lenet, "batches": four[:2], "normlab": normlab}
+    exec(fix, scope)
+    kinds = {type(each) for name, each in scope["model"].named_modules() if name.endswith("norm")}
+    assert kinds == {nn.GroupNorm}
     alone = heavy(diagnose(lenet, [*batches, (images[:1], labels[:1])]))
     assert alone == {("tiny count", "hidden0.norm"): "error"}
 

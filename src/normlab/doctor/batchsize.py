@@ -11,8 +11,14 @@ from normlab.doctor.thresholds import THRESHOLDS, threshold
 
 __all__ = ["accumulation", "batch_noise", "tiny_count", "unsynced"]
 
-_GROUP_NORM = "normlab.surgery.exchange_norms(model, 'group:8', example)  # in place, then train"
 _SYNC = "model = normlab.SyncBatchNorm.convert_sync_batchnorm(model)"
+
+
+def _group_norm(seen: Observations) -> str:
+    """Return the line that puts group norm in the place of every batch norm."""
+    groups = math.gcd(32, *(each.module.num_features for each in seen.layers.values()))
+    to = f"group:{groups}" if groups > 1 else "layer"
+    return f"model, report = normlab.convert(model, {to!r}, calibrate=batches)  # then train"
 
 
 def _most_worth(layer: Layer) -> float:
@@ -46,7 +52,7 @@ def batch_noise(seen: Observations) -> Iterator[Finding]:
             worth,
             threshold("noise error" if bad else "noise"),
             "if training has batches like these, it normalizes by statistics that are mostly noise",
-            _GROUP_NORM,
+            _group_norm(seen),
             THRESHOLDS["noise"].source,
         )
 
@@ -119,7 +125,7 @@ def accumulation(seen: Observations) -> Iterator[Finding]:
             1.0,
             "each micro-batch is normalized by itself: accumulated gradients are not those of the "
             "larger batch",
-            _GROUP_NORM
+            _group_norm(seen)
             if small or a is None
             else f"model.get_submodule({layer.name!r}).momentum = {1 - (1 - a) ** (1 / whole):.3g}",
             "pytorch-lightning issue 17446",
