@@ -23,6 +23,7 @@ from normlab.layers import (
 
 if TYPE_CHECKING:
     from normlab.comparison import Comparison, compare
+    from normlab.diagnosis import Diagnosis, diagnose
     from normlab.study import Study
     from normlab.surgery.convert import convert
     from normlab.surgery.fold import fold
@@ -37,6 +38,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Comparison",
+    "Diagnosis",
     "InputError",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -50,6 +52,7 @@ __all__ = [
     "batch_norm",
     "compare",
     "convert",
+    "diagnose",
     "fold",
     "freeze",
     "recalibrate",
@@ -61,11 +64,13 @@ __all__ = [
 # import system would put the module in the name's place.
 _HOMES = {
     "Comparison": "comparison",
+    "Diagnosis": "diagnosis",
     "Study": "study",
     "Trainer": "training",
     "adapt": "surgery",
     "compare": "comparison",
     "convert": "surgery",
+    "diagnose": "diagnosis",
     "fold": "surgery",
     "freeze": "surgery",
     "recalibrate": "surgery",

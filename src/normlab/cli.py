@@ -20,6 +20,7 @@ from rich.console import Console
 import normlab
 from normlab import report as reports
 from normlab.cli_data import Data, Json
+from normlab.cli_doctor import Doctor
 from normlab.errors import FetchError, InputError, NormlabError
 from normlab.study import Study, bundled_studies, find_study, layers_of
 from normlab.study.declaration import FOR_PEOPLE
@@ -304,7 +305,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                Compare | Report | Export | Inspect | Studies | Data | Bench,  # type: ignore[arg-type]
+                Compare | Report | Export | Inspect | Doctor | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -319,7 +320,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
         command = f"{arguments[0]} " * (
-            arguments[0] in ("compare", "report", "export", "inspect", "studies", "data", "bench")
+            arguments[0]
+            in ("compare", "report", "export", "inspect", "doctor", "studies", "data", "bench")
         )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 

@@ -1,6 +1,20 @@
 """Probes: they measure inside a network, and never judge."""
 
+from normlab.probes.flow import Flow, flow
 from normlab.probes.histograms import Histogram, histogram, inside
+from normlab.probes.moments import Moments, norm_moments, pooled
 from normlab.probes.outputs import outputs
+from normlab.probes.units import Units
 
-__all__ = ["Histogram", "histogram", "inside", "outputs"]
+__all__ = [
+    "Flow",
+    "Histogram",
+    "Moments",
+    "Units",
+    "flow",
+    "histogram",
+    "inside",
+    "norm_moments",
+    "outputs",
+    "pooled",
+]

@@ -1,6 +1,7 @@
-"""Reports: a comparison in words, tables, charts, one HTML page and logs. Nothing here trains."""
+"""Reports of comparisons and diagnoses: words, tables, charts, pages, logs. Nothing here trains."""
 
 from normlab.report.charts import CHARTS, chart
+from normlab.report.doctor import diagnosis_chart, findings_html, write_diagnosis
 from normlab.report.export import FORMATS, export
 from normlab.report.layers import LayersTable
 from normlab.report.live import Live
@@ -22,11 +23,14 @@ __all__ = [
     "TensorBoard",
     "TerminalTable",
     "chart",
+    "diagnosis_chart",
     "export",
+    "findings_html",
     "headline",
     "html_table",
     "remarks",
     "sentence",
     "text_table",
     "write",
+    "write_diagnosis",
 ]

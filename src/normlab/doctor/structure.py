@@ -1,0 +1,177 @@
+"""Signals of where batch norms stand in a network, and of how they are set up for training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.observations import Observations
+from normlab.doctor.thresholds import THRESHOLDS, threshold
+from normlab.probes import pooled
+
+__all__ = [
+    "dropout_before",
+    "explosion",
+    "frozen_yet_updating",
+    "on_logits",
+    "redundant_bias",
+    "shared_layer",
+    "weight_decay",
+]
+
+
+def redundant_bias(seen: Observations) -> Iterator[Finding]:
+    """A bias that the mean of the next layer takes away again."""
+    for name, before in seen.flow.biases.items():
+        if not seen.layers[name].held:
+            yield Finding(
+                "redundant bias",
+                before,
+                "information",
+                "biases that the next layer's mean takes away, channels",
+                float(seen.layers[name].module.num_features),
+                0.0,
+                f"{name or 'the next layer'} subtracts the batch's mean, and any bias with it",
+                "layer = nn.Conv2d(…, bias=False)  # or nn.Linear, where the model is built",
+                "Ioffe and Szegedy, Batch Normalization, 2015, section 3.2",
+            )
+
+
+def dropout_before(seen: Observations) -> Iterator[Finding]:
+    """Dropout that changes the variance of what a batch norm gets, in training alone."""
+    for layer in seen.layers.values():
+        if not layer.dropped or layer.held:
+            continue
+        still, dropped = pooled(layer.calls[0]), pooled(layer.dropped)
+        ratio = ((still.var + layer.module.eps) / (dropped.var + layer.module.eps)).log()
+        shift = float(ratio[ratio.isfinite()].mean())
+        if abs(shift) > threshold("dropout"):
+            names = ", ".join(seen.flow.dropouts[layer.name])
+            yield Finding(
+                "dropout before batch norm",
+                layer.name,
+                "warning",
+                "mean of ln(variance without dropout / variance with it)",
+                shift,
+                threshold("dropout") if shift > 0 else -threshold("dropout"),
+                f"the running variance is that of training with dropout ({names}), and evaluation "
+                "has none",
+                "model, report = normlab.recalibrate(model, batches)  # or dropout after the last "
+                "batch norm",
+                THRESHOLDS["dropout"].source,
+            )
+
+
+def on_logits(seen: Observations) -> Iterator[Finding]:
+    """A batch norm whose output is the model's scores of classes."""
+    if seen.labels is None or seen.width is None:
+        raise Missing("labels of classes: batches of (input, labels)")
+    for name in seen.flow.last:
+        yield Finding(
+            "batch norm on logits",
+            name,
+            "warning",
+            "batch norms between the last weights and the loss",
+            1.0,
+            0.0,
+            "scores are held to a fixed mean and variance over the batch, and so to each other's",
+            f"model.set_submodule({name!r}, nn.Identity())  # and train again",
+            "normlab: the loss wants scores as large as the evidence is",
+        )
+
+
+def shared_layer(seen: Observations) -> Iterator[Finding]:
+    """One layer for inputs that differ, so that its statistics are neither's."""
+    for layer in seen.layers.values():
+        if len(layer.calls) < 2 or layer.held:
+            continue
+        parts = [pooled(call) for call in layer.calls]
+        deviation = (pooled(parts).var + layer.module.eps).sqrt()
+        means = torch.stack([each.mean for each in parts])
+        z = (means.amax(0) - means.amin(0)) / deviation
+        largest = float(torch.quantile(z[z.isfinite()], 0.95)) if z.isfinite().any() else 0.0
+        if largest > threshold("shared"):
+            yield Finding(
+                "shared layer",
+                layer.name,
+                "warning",
+                f"95th percentile of the distance in deviations between the means of its "
+                f"{len(parts)} calls",
+                largest,
+                threshold("shared"),
+                "it keeps one mean and variance for inputs that differ, and evaluation fits none",
+                "self.norms = nn.ModuleList(normlab.BatchNorm2d(channels) for _ in range(uses))",
+                THRESHOLDS["shared"].source,
+            )
+
+
+def frozen_yet_updating(seen: Observations) -> Iterator[Finding]:
+    """Layers with frozen parameters that still normalize by the batch and move their statistics."""
+    for layer in seen.layers.values():
+        own = list(layer.module.parameters(recurse=False))
+        frozen = own and layer.frozen_parameters
+        if not (frozen and layer.training and layer.running is not None) or layer.held:
+            continue
+        yield Finding(
+            "frozen yet updating",
+            layer.name,
+            "warning",
+            "parameters that are frozen in a layer in training mode",
+            float(len(own)),
+            0.0,
+            "requires_grad = False does not stop running statistics, which drift in training",
+            f"normlab.freeze(model.get_submodule({layer.name!r}), 'statistics', inplace=True)",
+            "pytorch issue 86590",
+        )
+
+
+def weight_decay(seen: Observations) -> Iterator[Finding]:
+    """γ and β that the optimizer pulls to zero."""
+    if seen.decay is None:
+        raise Missing("optimizer=")
+    for layer in seen.layers.values():
+        own = [f"{layer.name}.{key}".lstrip(".") for key in ("weight", "bias")]
+        decay = max((seen.decay.get(name, 0.0) for name in own), default=0.0)
+        if decay > 0:
+            yield Finding(
+                "decay on γ and β",
+                layer.name,
+                "information",
+                "weight decay",
+                decay,
+                0.0,
+                "decay of γ and β acts otherwise than that of weights before a norm, whose length "
+                "does not matter",
+                "groups = [{'params': others}, {'params': norms, 'weight_decay': 0.0}]",
+                "He et al., Bag of Tricks, 2019",
+            )
+
+
+def explosion(seen: Observations) -> Iterator[Finding]:
+    """Gradients that grow from layer to layer, the further from the loss the larger."""
+    if seen.gradient_unknown:
+        raise Missing(seen.gradient_unknown)
+    # In the order of the model, as far as its names tell it.
+    measured = [each for each in seen.layers.values() if each.gradient is not None]
+    sizes = [each.gradient for each in measured if each.gradient]
+    if not all(map(math.isfinite, sizes)):
+        raise Missing("gradients that are finite")
+    if len(sizes) < 2:
+        return
+    total = sizes[0] / sizes[-1]
+    each = total ** (1 / (len(sizes) - 1))
+    if total > threshold("growth total") and each > threshold("growth"):
+        yield Finding(
+            "gradient explosion",
+            measured[0].name,
+            "error",
+            f"growth of ‖δ‖² over {len(sizes)} layers, {each:.3g} a layer",
+            total,
+            threshold("growth total"),
+            "the first layers get gradients so much larger that no learning rate suits all",
+            "x = x + block(x)  # skip connections",
+            THRESHOLDS["growth"].source,
+        )

@@ -1,0 +1,227 @@
+"""What a diagnosis leaves alone, what it takes, what it refuses, and what it says."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normlab
+from normlab import diagnose
+from normlab.errors import InputError
+
+
+def network():
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.5))
+    model = nn.Sequential(*layers, nn.Linear(5, 4), normlab.BatchNorm1d(4), nn.Linear(4, 3))
+    for _ in range(60):
+        model(torch.randn(64, 6))
+    return model
+
+
+def data(count=4, size=64):
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 6, generator=g), torch.randint(3, (size,), generator=g))
+        for _ in range(count)
+    ]
+
+
+def everything(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [each.training for each in model.modules()],
+        [(each.requires_grad, each.grad) for each in model.parameters()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+    )
+
+
+def test_the_model_and_every_generator_are_as_they_were():
+    model = network()
+    model[1].eval()
+    model[4].bias.requires_grad_(False)
+    model[0].register_forward_hook(lambda *_: None)
+    before = everything(model)
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*map(torch.cat, zip(*data(), strict=True))), 64, shuffle=True
+    )
+    diagnose(model, loader, optimizer=torch.optim.SGD(model.parameters(), 0.1), steps=60)
+    after = everything(model)
+    for name, value in before[0].items():
+        assert torch.equal(value, after[0][name]), name
+    assert before[1:] == after[1:]
+    drawn = (torch.rand(1).item(), random.random(), np.random.rand())  # noqa: NPY002
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())  # noqa: NPY002
+
+
+def test_the_model_is_as_it_was_when_it_raises():
+    model, calls = network(), []
+
+    def forward(model, batch):
+        calls.append(batch)
+        if len(calls) > 3:
+            raise ZeroDivisionError("of the user's")
+        return model(batch[0])
+
+    before = everything(model)
+    with pytest.raises(InputError, match=r"^batch 1.*ZeroDivisionError: of the user's$"):
+        diagnose(model, data(), forward=forward)
+    for name, value in everything(model)[0].items():
+        assert torch.equal(value, before[0][name]), name
+    assert everything(model)[1:] == before[1:]
+
+
+def test_the_same_diagnosis_twice():
+    model = network()
+    assert diagnose(model, data()) == diagnose(model, data())
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x, label=None):
+        return {"logits": self.inner(x), "label": label}
+
+
+def test_batches_may_be_mappings_and_outputs_too():
+    named = [{"x": x, "label": y} for x, y in data()]
+    model = ByName()
+    one, two = diagnose(model.inner, data()), diagnose(model, named)
+    assert "train/eval gap" not in one.not_measured
+    assert one.not_measured == two.not_measured
+    assert [n.worth for n in one.numbers] == [n.worth for n in two.numbers]
+
+
+def test_other_batches_run_by_forward_and_an_iterator_is_enough():
+    pairs = iter([{"image": x} for x, _ in data()])
+    found = diagnose(network(), pairs, forward=lambda model, batch: model(batch["image"]))
+    assert (found.batches, found.samples) == (4, 256)
+    assert "labels" in found.not_measured["train/eval gap"]
+    with pytest.raises(InputError, match=r"fixed\(batches\)"):
+        found.fixed()
+    assert found.fixed([{"image": x} for x, _ in data()]).after.batches == 4
+
+
+def test_numbers_are_those_of_float64_by_hand():
+    model, batches = network(), data()
+    x = [batch @ model[0].weight.double().T for batch in (b.double() for b, _ in batches)]
+    whole = torch.cat(x)
+    mean, var = whole.mean(0), whole.var(0)
+    norm = model[1]
+    z = (norm.running_mean - mean).abs() / (whole.var(0, correction=0) + norm.eps).sqrt()
+    v = ((norm.running_var + norm.eps) / (var + norm.eps)).log().abs()
+    spread = torch.stack([each.mean(0) for each in x]).var(0)
+    worth = 1 / (spread / whole.var(0, correction=0)).mean()
+    numbers = diagnose(model, batches).numbers[0]
+    assert numbers.mean_off == pytest.approx(torch.quantile(z, 0.95).item(), rel=1e-4)
+    assert numbers.variance_off == pytest.approx(torch.quantile(v, 0.95).item(), rel=1e-4)
+    assert numbers.worth == pytest.approx(min(worth.item(), 64), rel=1e-4)
+    assert numbers.gamma == (1.0,) * 5
+    assert (numbers.updates, numbers.values, numbers.channels) == (60, 64, 5)
+
+
+def test_an_untrained_model_is_not_blamed_for_its_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+    moved = [(5 + x, y) for x, y in data()]
+    found = diagnose(model, moved)
+    assert found.findings == ()
+    assert "pass steps=" in found.not_measured["stale statistics"]
+    told = diagnose(model, moved, steps=100)
+    assert {each.signal for each in told.findings} >= {"never updated"}
+
+
+def test_a_layer_that_is_not_called_is_told():
+    model = network()
+    model.spare = nn.Module()
+    model.spare.norm = nn.BatchNorm1d(3)
+    found = diagnose(model, data(), forward=lambda model, batch: model[:7](batch[0]))
+    (finding,) = (f for f in found.findings if f.layer == "spare.norm")
+    assert (finding.signal, finding.weight) == ("never updated", "information")
+
+
+def test_a_loss_of_ones_own_is_asked_for_where_there_is_no_other():
+    batches = [(x, x[:, :3]) for x, _ in data()]
+    assert "loss=" in diagnose(network(), batches).not_measured["gradient explosion"]
+    found = diagnose(network(), batches, loss=nn.functional.mse_loss)
+    assert "gradient explosion" not in found.not_measured
+    wrong = diagnose(network(), batches, loss=lambda output: output)
+    assert "loss raised TypeError" in wrong.not_measured["gradient explosion"]
+    flat = diagnose(network(), batches, loss=lambda output, _: output.detach().mean())
+    assert "does not require grad" in flat.not_measured["gradient explosion"]
+
+
+def test_wrappers_are_looked_into():
+    model = network()
+    assert diagnose(nn.DataParallel(model), data()) == diagnose(model, data())
+    assert diagnose(torch.compile(model, backend="eager"), data()) == diagnose(model, data())
+
+
+def test_wrong_input_is_refused_in_one_line():
+    def refused(*arguments, **options):
+        with pytest.raises(InputError) as caught:
+            diagnose(*arguments, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    model, batches = network(), data()
+    assert refused(nn.Sequential(nn.Linear(2, 2)), batches).startswith(
+        "Sequential has no batch norm layers"
+    )
+    assert refused("model", batches) == "expected a torch.nn.Module, got str"
+    assert refused(model, []).startswith("expected at least one batch, got none")
+    assert "got Tensor; put a single batch in a list" in refused(model, batches[0][0])
+    assert "got NoneType" in refused(model, None)
+    assert "a batch is a str" in refused(model, ["x"])
+    wrong = refused(model, [(torch.ones(4, 7), torch.zeros(4, dtype=torch.long))])
+    assert wrong.startswith("batch 1, of shapes (4, 7) and (4,): the model raised RuntimeError: ")
+    away = [(x.to("meta"), y) for x, y in batches]
+    assert refused(model, away) == ("batch 1 is on meta and the model on cpu: pass device='cpu'")
+    lazy = nn.Sequential(nn.LazyBatchNorm1d())
+    assert refused(lazy, batches).endswith("has no shape yet: run the model on a batch once")
+    assert "a whole number" in refused(model, batches, steps=-1)
+    assert "expected a torch optimizer, got str" in refused(model, batches, optimizer="adam")
+    assert "reference: expected an iterable" in refused(model, batches, reference=3)
+    assert refused(model, batches, reference=[]).startswith("reference: expected at least one")
+    assert "gone through again" in refused(model, iter(batches), reference=batches)
+
+
+def test_what_it_says():
+    model = network()
+    model[1].momentum = model[5].momentum = 0.99
+    found = diagnose(model, data(), steps=60)
+    assert found.summary.startswith("3 errors, ")  # One is of the dropout.
+    text = str(found)
+    assert "\nerror: momentum convention in 2 layers\n  1: momentum 0.99 (threshold 0.9)\n" in text
+    assert "\n  fix: model.get_submodule('1').momentum = 0.01\n" in text
+    assert "  shift of domain: reference=, batches of the training domain" in text
+    frame = found.frame()
+    assert list(frame["weight"]) == sorted(
+        frame["weight"], key=["error", "warning", "information"].index
+    )
+    assert list(frame["layer"][:2]) == ["1", "5"]
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["findings"][0]["measured"] == 0.99
+    assert len(told["layers"]) == 2
+    assert "after: " in str(found.fixed())
+
+
+def test_numbers_that_json_has_no_word_for_are_text():
+    model = copy.deepcopy(network())
+    with torch.no_grad():
+        model[1].running_mean[0] = float("nan")
+        model[1].weight[0] = float("inf")
+    told = json.loads(json.dumps(diagnose(model, data()).to_json(), allow_nan=False))
+    assert told["layers"][0]["gamma"] is None
