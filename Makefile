@@ -19,8 +19,8 @@ help:  ## What there is
 demo: .venv/ready  ## Compare a network with and without batch norm on MNIST, ten seeds each
 	$(BIN)/normlab compare
 
-test: .venv/ready  ## The test suite
-	$(BIN)/python -m pytest -m 'not slow'
+test: .venv/ready  ## The test suite, in two processes
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/ready  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -364,7 +364,7 @@ def test_compiled_code_is_seen_too():
         ),
         (nn.Sequential(nn.LazyBatchNorm1d()), [torch.ones(4, 3)], "0.weight has no shape yet: run"),
     ],
-    ids=str,
+    ids=lambda each: type(each).__name__,
 )
 def test_bad_input_is_one_line(model, batches, message):
     with pytest.raises(InputError, match=message):
