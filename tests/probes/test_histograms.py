@@ -45,9 +45,12 @@ def test_values_that_are_all_alike_are_in_the_last_bin():
     assert histogram(torch.full((2, 3), 0.1, dtype=torch.float64)) == (0.1, 0.1, [0] * 29 + [6])
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1e-30, 3e38])
-def test_the_smallest_and_the_largest_numbers_have_their_bins(scale):
-    found = histogram(torch.tensor([-1.0, 1.0, 1.0]) * scale)
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1e-45, torch.float32), (3e38, torch.float32), (1e-300, None), (1.7e308, None)],
+)
+def test_the_smallest_and_the_largest_numbers_have_their_bins(scale, dtype):
+    found = histogram(torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64).mul(scale).to(dtype))
     assert (found.counts[0], found.counts[-1]) == (1, 2)
 
 
@@ -74,6 +77,22 @@ def test_a_layer_that_is_called_twice_is_seen_at_its_first_call_before_it_is_ove
     found = inside(network, {}, x)
     assert found["0"]["output"] == histogram(x)
     assert found["1"]["output"] == histogram(x.relu())
+
+
+def test_a_norm_that_holds_its_activation_is_seen_with_it():
+    class Activated(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(2)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    found = inside(nn.Sequential(Activated()).eval(), {}, torch.ones(3, 2))
+    assert {layer: list(seen) for layer, seen in found.items()} == {
+        "0.act": ["output"],
+        "0": ["output", "weight", "bias"],
+    }
 
 
 def test_whole_numbers_and_tuples_are_passed_over():

@@ -463,7 +463,7 @@ def test_a_mask_is_no_residual():
     assert "something else than a tensor and a residual" in report.left["norm"]
 
 
-@pytest.mark.parametrize("network", ["lenet", "resnet18"])
+@pytest.mark.parametrize("network", ["lenet", pytest.param("resnet18", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arm", ["batch", "torch-batch"])
 def test_bundled_networks(network, arm):
     model = build_network(network, arm, 0, image_shape=(3, 32, 32), classes=10)

@@ -364,6 +364,7 @@ def test_histograms_show_what_is_inside_each_replica_after_each_epoch(splits, en
     recipe = Recipe(epochs=2, evaluate_every=4, drop_last=False)
     fleet = Fleet([build("batch", seed) for seed in range(2)], replicas, recipe, splits, engine)
     seen = {True: 0, False: 0}
+    assert len(splits.indices["train"]) < 2 * 128
     x = scale(splits.dataset.images[splits.indices["train"][:128]], recipe.scaling)
     for event in fleet.train():
         if isinstance(event, Outcome):
@@ -500,7 +501,8 @@ def test_evaluation_is_in_eval_mode_and_training_in_train_mode(splits):
         if isinstance(event, Measurement):
             assert len(watch.trained_on) == event.step
     assert len(watch.trained_on) == 12
-    assert len(watch.evaluated_on) == 4 * len(splits.indices)
+    # Four times all splits, and after each epoch what histograms are made of.
+    assert len(watch.evaluated_on) == 4 * len(splits.indices) + 2
     assert all(module.training for module in network.modules())
 
 

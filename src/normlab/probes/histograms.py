@@ -48,7 +48,9 @@ def histogram(values: Tensor) -> Histogram | None:
     low, high = map(float, values.aminmax())
     if low == high:
         return Histogram(low, high, [0] * (_BINS - 1) + [len(values)])
-    bins = ((values - low) / (high - low) * _BINS).long().clamp_(max=_BINS - 1)
+    # In halves, since the whole width of float64 is more than float64 holds.
+    share = (values / 2 - low / 2) / (high / 2 - low / 2)
+    bins = (share * _BINS).long().clamp_(max=_BINS - 1)
     return Histogram(low, high, torch.bincount(bins, minlength=_BINS).tolist())
 
 

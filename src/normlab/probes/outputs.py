@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from normlab.layers.norms import NORM_LAYERS
+
 __all__ = ["outputs"]
 
 
@@ -15,7 +17,7 @@ __all__ = ["outputs"]
 def outputs(network: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
     """Show what each layer returns, as long as the context lasts.
 
-    A layer is a module without modules of its own.
+    A layer is a norm layer, or a module without modules of its own.
 
     Args:
         network: Left as it was, but for hooks that are gone when the context ends.
@@ -31,7 +33,7 @@ def outputs(network: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> I
     """
     with ExitStack() as hooks:
         for name, module in network.named_modules():
-            if not list(module.children()):
+            if isinstance(module, NORM_LAYERS) or not list(module.children()):
                 hooks.enter_context(module.register_forward_hook(_showing(name, see)))
         yield
 

@@ -185,8 +185,8 @@ class Comparison:
     def histograms(self) -> pd.DataFrame:
         """Return the histograms of values inside each network after each epoch, one tensor a row.
 
-        They are those of the network in eval mode on the first 128 training images, and are read
-        from the ledger when asked for.
+        They are those of the network in eval mode on 128 training images, evenly spaced among all,
+        and are read from the ledger when asked for.
 
         Returns:
             Columns `arm`, `lr`, `seed`, `weight_decay`, `step`, `epoch`, `layer`, `name` (`output`

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normlab.errors import NormlabError
@@ -15,6 +16,8 @@ from normlab.probes import Histogram
 from normlab.training.recipe import Measurement, Outcome, Replica
 
 __all__ = ["load", "save"]
+
+_EVENTS = "events"
 
 
 def save(
@@ -37,9 +40,11 @@ def save(
     from safetensors.torch import save
 
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    told = json.dumps({**facts, "events": [_to_json(event) for event in events]})
+    told = json.dumps([_to_json(event) for event in events]).encode()
+    # Not among the facts, for a header of safetensors has an end.
+    kept[_EVENTS] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
     try:
-        replace(path, save(kept, {"fleet": told}))
+        replace(path, save(kept, {"fleet": json.dumps(facts)}))
     except OSError as error:
         raise NormlabError(
             f"{path} cannot be written ({error.strerror}); what was measured before is kept: "
@@ -66,9 +71,10 @@ def load(
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["fleet"])
             found = {name: file.get_tensor(name) for name in tensors}
+            told = file.get_tensor(_EVENTS).numpy().tobytes()
         if facts["engine"] != engine:
             raise ValueError(f"it was made by another engine, {facts['engine']}")
-        events = [_from_json(event) for event in facts.pop("events")]
+        events = [_from_json(event) for event in json.loads(told)]
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

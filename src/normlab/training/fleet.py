@@ -357,7 +357,9 @@ class Fleet:
             found = self.evaluate(looked_at, indices)
             for r, (loss, accuracy) in zip(looked_at, found, strict=True):
                 values[r] |= {(split, "loss"): loss, (split, "accuracy"): accuracy}
-        shown = self._images(self.splits.indices["train"][:_SHOWN])
+        train = self.splits.indices["train"]
+        # From all over, for a folder has its images class by class.
+        shown = self._images(train[:: max(1, len(train) // _SHOWN)][:_SHOWN])
         events: list[Measurement | Outcome] = []
         for r in self.alive:
             replica, seen = self.replicas[r], values.get(r, {})

@@ -8,10 +8,14 @@ from operator import mul
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab import layers
+from normlab.kernels import BUILT
 
 __all__ = ["channels_last", "laid_out", "may_have_channels_last"]
+
+_OURS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 
 
 def laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
@@ -34,9 +38,10 @@ def channels_last(parameter: Tensor) -> Tensor:
 def may_have_channels_last(network: nn.Module) -> bool:
     """Tell whether a network computes the same, but for roundings, with its channels last.
 
-    torch's batch norm does not on a CPU: it then adds up all values of a channel one by one in
-    float32, and is wrong in the fifth digit where it is right in the seventh on planar images.
+    torch's batch and group norms do not on a CPU: they then add up a channel's values one by one in
+    float32, and are wrong in the fifth or sixth digit where they are right in the seventh on planar
+    images. normlab's batch norm is as exact there, by its kernels.
     """
-    torchs = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    ours = (layers.BatchNorm2d, layers.SyncBatchNorm)
-    return not any(isinstance(m, torchs) and not isinstance(m, ours) for m in network.modules())
+    ours = _OURS if BUILT else ()
+    inexact = (_BatchNorm, nn.GroupNorm)
+    return not any(isinstance(m, inexact) and not isinstance(m, ours) for m in network.modules())

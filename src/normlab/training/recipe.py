@@ -66,8 +66,8 @@ class Measurement(NamedTuple):
         values: (split, metric) to value; metrics are `loss` (mean cross-entropy, nats) and
             `accuracy` (a share). The splits are the data's, in eval mode, and `batches`: those of
             the epoch so far, as they were in training, each before its step.
-        histograms: At the end of an epoch what `normlab.probes.inside` sees in eval mode, of the
-            first training images; empty before.
+        histograms: At the end of an epoch what `normlab.probes.inside` sees in eval mode, of some
+            training images; empty before.
     """
 
     replica: Replica
