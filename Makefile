@@ -19,8 +19,9 @@ help:  ## What there is
 demo: .venv/ready  ## Compare a network with and without batch norm on MNIST, ten seeds each
 	$(BIN)/normlab compare
 
+# Threads of one process that wait in a loop would keep the other's from working.
 test: .venv/ready  ## The test suite, in two processes
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/ready  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
