@@ -305,6 +305,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
+                # A union of classes is a form of type to tyro, and to the checker it is none.
                 Compare | Report | Export | Inspect | Doctor | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "

@@ -11,7 +11,7 @@ from normlab.doctor import SIGNALS, THRESHOLDS
 from normlab.doctor.batches import labels_of, mixed, part_of
 from normlab.doctor.batchsize import accumulation, batch_noise, unsynced
 from normlab.doctor.behaviour import by_class, gap, mcnemar_p
-from normlab.doctor.finding import Missing
+from normlab.doctor.finding import MissingError
 from normlab.doctor.observations import Answers, Layer, Observations
 from normlab.doctor.statistics import drift, shift_of_domain, stale
 from normlab.doctor.structure import explosion
@@ -72,7 +72,7 @@ def test_batch_noise_waits_for_evidence():
     (found,) = batch_noise(seen(many, batches=60))
     assert (found.weight, found.threshold) == ("warning", 32)
     assert many.worth < found.measured < 32
-    with pytest.raises(Missing):
+    with pytest.raises(MissingError):
         list(batch_noise(seen(many, batches=1)))
 
 
@@ -81,7 +81,7 @@ def test_ranks_without_sync_are_noise():
     means = torch.randn(31, 9, generator=g, dtype=torch.float64)
     rows = [Moments(each, torch.ones(9).double(), 4.0) for each in means]
     plain = layer(rows)
-    with pytest.raises(Missing, match="two ranks"):
+    with pytest.raises(MissingError, match="two ranks"):
         list(unsynced(seen(plain)))
     assert [each.layer for each in unsynced(seen(plain, world_size=4))] == ["norm"]
     plain.module = nn.SyncBatchNorm(9)
@@ -133,7 +133,7 @@ def test_the_shift_is_the_divergence_of_normal_distributions():
     )
     assert found.measured == pytest.approx((math.log(1 / 2) + (2 + 1) / 1 - 1) / 2, rel=1e-4)
     other = [each._replace(n=32.0) for each in ours]
-    with pytest.raises(Missing, match="same size"):
+    with pytest.raises(MissingError, match="same size"):
         list(
             shift_of_domain(
                 seen(layer(other), evaluated={"norm": other}, reference={"norm": theirs})
@@ -149,7 +149,7 @@ def test_an_explosion_is_of_many_layers_each_growing(first, count, found):
     layers = [layer([moments([0.0], [1.0])], f"{i}", gradient=g) for i, g in enumerate(sizes)]
     assert [each.layer for each in explosion(seen(*layers))] == ["0"] * found
     layers[3].gradient = math.nan
-    with pytest.raises(Missing, match="finite"):
+    with pytest.raises(MissingError, match="finite"):
         list(explosion(seen(*layers)))
 
 

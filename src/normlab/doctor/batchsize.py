@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.finding import Finding, MissingError
 from normlab.doctor.observations import Layer, Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 
@@ -38,7 +38,7 @@ def _most_worth(layer: Layer) -> float:
 def batch_noise(seen: Observations) -> Iterator[Finding]:
     """Batches whose statistics are worth those of few independent values."""
     if seen.batches < 2:
-        raise Missing("two batches or more")
+        raise MissingError("two batches or more")
     for layer in seen.layers.values():
         worth = _most_worth(layer)
         if layer.held or worth >= threshold("noise"):
@@ -82,7 +82,7 @@ def tiny_count(seen: Observations) -> Iterator[Finding]:
 def unsynced(seen: Observations) -> Iterator[Finding]:
     """Layers that each rank normalizes by its own small batch."""
     if seen.world_size < 2:
-        raise Missing("a process group of two ranks or more")
+        raise MissingError("a process group of two ranks or more")
     for layer in seen.layers.values():
         kind = type(layer.module).__name__
         worth = _most_worth(layer)
@@ -104,7 +104,7 @@ def unsynced(seen: Observations) -> Iterator[Finding]:
 def accumulation(seen: Observations) -> Iterator[Finding]:
     """Several updates of the statistics for each step of the optimizer."""
     if seen.steps is None:
-        raise Missing("steps=, the optimizer's steps so far")
+        raise MissingError("steps=, the optimizer's steps so far")
     for layer in seen.layers.values():
         calls = max(len(layer.calls), 1)
         if layer.held or not seen.steps:

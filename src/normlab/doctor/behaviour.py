@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.finding import Finding, MissingError
 from normlab.doctor.observations import Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 
@@ -38,9 +38,9 @@ def mcnemar_p(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 def gap(seen: Observations) -> Iterator[Finding]:
     """Evaluation that is worse than the same samples normalized by the batch."""
     if seen.answers is None:
-        raise Missing(_LABELS)
+        raise MissingError(_LABELS)
     if not seen.trained:
-        raise Missing("a trained model: nothing says that this one is; pass steps= if it is")
+        raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     evaluated, by_batch = seen.answers.evaluated, seen.answers.by_batch
     loss = float(by_batch.mean() - evaluated.mean())
     p = mcnemar_p(evaluated, by_batch)
@@ -63,7 +63,7 @@ def gap(seen: Observations) -> Iterator[Finding]:
 def depends_on_batch(seen: Observations) -> Iterator[Finding]:
     """Outputs in evaluation that change with what else is in the batch."""
     if isinstance(seen.part, str):
-        raise Missing(seen.part)
+        raise MissingError(seen.part)
     if seen.part > threshold("part"):
         untracked = [each.name for each in seen.layers.values() if each.running is None]
         yield Finding(
@@ -99,9 +99,9 @@ def by_class(labels: Sequence[NDArray[np.int64]]) -> bool:
 def order_of_data(seen: Observations) -> Iterator[Finding]:
     """Samples that come by class, so that a batch's statistics are its class's."""
     if seen.order_unknown:
-        raise Missing(seen.order_unknown)
+        raise MissingError(seen.order_unknown)
     if seen.labels is None:
-        raise Missing(_LABELS)
+        raise MissingError(_LABELS)
     if seen.given is None or seen.answers is None:
         return
     change = float(seen.given.mean() - seen.answers.by_batch.mean())

@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 from normlab.doctor import batchsize, behaviour, statistics, structure, units
 from normlab.doctor.batches import checked, mixed
 from normlab.doctor.diagnosis import Diagnosis, LayerNumbers, UnitNumbers
-from normlab.doctor.finding import WEIGHTS, Finding, Missing, Signal
+from normlab.doctor.finding import WEIGHTS, Finding, MissingError, Signal
 from normlab.doctor.observations import Layer, Observations
 from normlab.doctor.observe import Loss, Observer
 from normlab.doctor.thresholds import threshold
 from normlab.errors import InputError
 from normlab.probes import Units
-from normlab.streams import stream
-from normlab.surgery.models import Forward, batch_norms, copy_of, generators_kept
+from normlab.streams import generators_kept, stream
+from normlab.surgery.models import Forward, batch_norms, copy_of
 
 __all__ = ["SIGNALS", "Asked", "diagnose", "examine"]
 
@@ -139,7 +139,7 @@ def examine(asked: Asked) -> Diagnosis:
     for name, signal in SIGNALS.items():
         try:
             findings += signal(seen)
-        except Missing as error:
+        except MissingError as error:
             missing[name] = str(error)
     findings.sort(key=lambda each: WEIGHTS.index(each.weight))
     return Diagnosis(

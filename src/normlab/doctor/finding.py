@@ -8,7 +8,7 @@ from typing import Any
 
 from normlab.doctor.observations import Observations
 
-__all__ = ["WEIGHTS", "Finding", "Missing", "Signal"]
+__all__ = ["WEIGHTS", "Finding", "MissingError", "Signal"]
 
 WEIGHTS = ("error", "warning", "information")
 """From the heaviest to the lightest."""
@@ -56,9 +56,9 @@ class Finding:
         )
 
 
-class Missing(Exception):  # noqa: N818
+class MissingError(Exception):
     """A signal cannot be measured; says what it would need."""
 
 
 Signal = Callable[[Observations], Iterator[Finding]]
-"""Turns what was observed into findings, or raises `Missing`."""
+"""Turns what was observed into findings, or raises `MissingError`."""

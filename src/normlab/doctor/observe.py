@@ -19,12 +19,12 @@ from normlab.doctor.batches import labels_of, output_of, part_of, shapes_of, ten
 from normlab.doctor.observations import Answers, Layer, Observations
 from normlab.errors import InputError
 from normlab.probes import Moments, Units, flow, norm_moments
+from normlab.streams import generators_kept
 from normlab.surgery import is_frozen
 from normlab.surgery.models import (
     Forward,
     batch_norms,
     buffers_kept,
-    generators_kept,
     modes_kept,
     run_on,
 )

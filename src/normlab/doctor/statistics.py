@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.finding import Finding, MissingError
 from normlab.doctor.observations import Layer, Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 from normlab.probes import Moments
@@ -99,7 +99,7 @@ def untouched(seen: Observations, layer: Layer) -> bool:
 def stale(seen: Observations) -> Iterator[Finding]:
     """Running statistics that are not those of what a layer gets."""
     if not seen.trained:
-        raise Missing("a trained model: nothing says that this one is; pass steps= if it is")
+        raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     shifted = {finding.layer for finding in shift_of_domain(seen)} if seen.reference else set()
     for layer in seen.layers.values():
         if layer.held or layer.name in shifted or untouched(seen, layer):
@@ -125,7 +125,7 @@ def stale(seen: Observations) -> Iterator[Finding]:
 def initial_value(seen: Observations) -> Iterator[Finding]:
     """Running statistics that still hold some of the values that they began with."""
     if not seen.trained:
-        raise Missing("a trained model: nothing says that this one is; pass steps= if it is")
+        raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     for layer in seen.layers.values():
         a, steps = layer.module.momentum, layer.tracked or seen.steps or 0
         if layer.held or a is None or not 0 < a < 1 or not steps or untouched(seen, layer):
@@ -202,7 +202,7 @@ def not_finite(seen: Observations) -> Iterator[Finding]:
 def never_updated(seen: Observations) -> Iterator[Finding]:
     """Running statistics that no batch has moved, in a trained model."""
     if not seen.trained:
-        raise Missing("a trained model: nothing says that this one is; pass steps= if it is")
+        raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     for layer in seen.layers.values():
         if not untouched(seen, layer):
             continue
@@ -262,9 +262,9 @@ def near_zero_variance(seen: Observations) -> Iterator[Finding]:
 def shift_of_domain(seen: Observations) -> Iterator[Finding]:
     """Inputs that differ from the training domain's more than batches of that differ by chance."""
     if seen.reference is None or seen.evaluated is None:
-        raise Missing("reference=, batches of the training domain")
+        raise MissingError("reference=, batches of the training domain")
     if min(map(len, seen.reference.values())) < threshold("shift batches"):
-        raise Missing(f"reference= of {threshold('shift batches'):g} batches or more")
+        raise MissingError(f"reference= of {threshold('shift batches'):g} batches or more")
     compared = False
     for layer in seen.layers.values():
         if layer.running is None or layer.name not in seen.evaluated:
@@ -292,7 +292,7 @@ def shift_of_domain(seen: Observations) -> Iterator[Finding]:
                 THRESHOLDS["shift"].source,
             )
     if not compared:
-        raise Missing("reference= of batches of the same size as the others")
+        raise MissingError("reference= of batches of the same size as the others")
 
 
 def _distance(layer: Layer, batch: Moments) -> float:

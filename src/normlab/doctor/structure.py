@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.finding import Finding, MissingError
 from normlab.doctor.observations import Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 from normlab.probes import pooled
@@ -68,7 +68,7 @@ def dropout_before(seen: Observations) -> Iterator[Finding]:
 def on_logits(seen: Observations) -> Iterator[Finding]:
     """A batch norm whose output is the model's scores of classes."""
     if seen.labels is None or seen.width is None:
-        raise Missing("labels of classes: batches of (input, labels)")
+        raise MissingError("labels of classes: batches of (input, labels)")
     for name in seen.flow.last:
         yield Finding(
             "batch norm on logits",
@@ -131,7 +131,7 @@ def frozen_yet_updating(seen: Observations) -> Iterator[Finding]:
 def weight_decay(seen: Observations) -> Iterator[Finding]:
     """γ and β that the optimizer pulls to zero."""
     if seen.decay is None:
-        raise Missing("optimizer=")
+        raise MissingError("optimizer=")
     for layer in seen.layers.values():
         own = [f"{layer.name}.{key}".lstrip(".") for key in ("weight", "bias")]
         decay = max((seen.decay.get(name, 0.0) for name in own), default=0.0)
@@ -153,12 +153,12 @@ def weight_decay(seen: Observations) -> Iterator[Finding]:
 def explosion(seen: Observations) -> Iterator[Finding]:
     """Gradients that grow from layer to layer, the further from the loss the larger."""
     if seen.gradient_unknown:
-        raise Missing(seen.gradient_unknown)
+        raise MissingError(seen.gradient_unknown)
     # In the order of the model, as far as its names tell it.
     measured = [each for each in seen.layers.values() if each.gradient is not None]
     sizes = [each.gradient for each in measured if each.gradient]
     if not all(map(math.isfinite, sizes)):
-        raise Missing("gradients that are finite")
+        raise MissingError("gradients that are finite")
     if len(sizes) < 2:
         return
     total = sizes[0] / sizes[-1]

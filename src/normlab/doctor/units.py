@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normlab.doctor.finding import Finding, Missing
+from normlab.doctor.finding import Finding, MissingError
 from normlab.doctor.observations import Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 
@@ -15,12 +15,12 @@ def dead_units(seen: Observations) -> Iterator[Finding]:
     """Units that a ReLU gave zero for every value."""
     places = {place: units for place, units in seen.units.items() if units.kind == "relu"}
     if not places:
-        raise Missing("a ReLU")
+        raise MissingError("a ReLU")
     enough = {
         place: each for place, each in places.items() if each.values >= threshold("dead values")
     }
     if not enough:
-        raise Missing(f"{threshold('dead values'):,.0f} samples or more")
+        raise MissingError(f"{threshold('dead values'):,.0f} samples or more")
     for place, units in enough.items():
         share = float(units.silent.double().mean())
         if share <= threshold("dead"):
@@ -47,7 +47,7 @@ def saturated_units(seen: Observations) -> Iterator[Finding]:
         if units.kind != "relu" and place not in seen.flow.gates
     }
     if not inner:
-        raise Missing("a sigmoid or tanh inside the model")
+        raise MissingError("a sigmoid or tanh inside the model")
     for place, units in inner.items():
         if not units.values:
             continue

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from normlab.errors import InputError
+from normlab.streams import generators_kept
 from normlab.surgery.watching import tensors_in
 
 __all__ = ["TOLERANCES", "Certificate", "compare", "floats_of", "run_example"]
@@ -75,7 +73,7 @@ def run_example(model: nn.Module, example: Any) -> Any:
     torch.Size([2, 1])
     """
     copied = tree_map_only(Tensor, lambda each: each.detach().clone(), example)
-    with _kept_randomness(), torch.no_grad():
+    with generators_kept(), torch.no_grad():
         try:
             if isinstance(example, Mapping):
                 return model(**copied)
@@ -155,16 +153,3 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("inf") * part if part else 0.0
-
-
-@contextmanager
-def _kept_randomness() -> Iterator[None]:
-    """Give the global generators the states back that they have now, when the context ends."""
-    pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)  # noqa: NPY002

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from normlab import layers
 from normlab.errors import InputError
 from normlab.layers import NORM_LAYERS
+from normlab.streams import generators_kept
 from normlab.surgery import fusion
 from normlab.surgery.calibration import calibrate_layers, relative_error
 from normlab.surgery.kinds import (
@@ -127,7 +128,7 @@ num_batches_tracked)
     run = _Run(forward, device)
     samples = batches or ([] if example is None else [example])
     converted = copy_of(model, inplace=inplace)
-    with put_back_on_failure(converted), torch.random.fork_rng(_cuda(converted)):
+    with put_back_on_failure(converted), generators_kept():
         return converted, _Conversion(converted, kind, run, samples).do(bool(batches), fuse)
 
 
@@ -381,8 +382,3 @@ def _batches(calibrate: Iterable[Any] | None) -> list[Any]:
     if not batches:
         raise InputError("calibrate has no batches: expected at least one to fit to")
     return batches
-
-
-def _cuda(model: nn.Module) -> list[torch.device]:
-    devices = {each.device for each in (*model.parameters(), *model.buffers())}
-    return [each for each in devices if each.type == "cuda"]

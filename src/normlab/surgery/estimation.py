@@ -25,7 +25,8 @@ from torch.nn.parameter import is_lazy
 from normlab.errors import InputError
 from normlab.layers import modules, sync
 from normlab.layers.forward import mask_of
-from normlab.surgery.models import Forward, buffers_kept, generators_kept, modes_kept, run_on
+from normlab.streams import generators_kept
+from normlab.surgery.models import Forward, buffers_kept, modes_kept, run_on
 
 __all__ = ["FEWEST_BATCHES", "Estimate", "Estimates", "estimate"]
 

@@ -119,8 +119,9 @@ def parse(name: str, *, calibrated: bool = False) -> Kind:
             f"unknown target {name!r}: known are {known}{did_you_mean(str(name), NAMES)}"
         )
     if word == "none":
-        scale: NormConstructor = lambda channels, _: ChannelScale(channels)  # noqa: E731
-        return Kind(name, False, scale if calibrated else None)
+        return Kind(
+            name, False, (lambda channels, _: ChannelScale(channels)) if calibrated else None
+        )
     if word == "sync":
         return Kind(name, True, lambda channels, _: layers.SyncBatchNorm(channels))
     return Kind(name, word in ("batch", "torch-batch"), norm_constructor(name))

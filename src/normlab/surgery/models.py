@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +19,6 @@ __all__ = [
     "batch_norms",
     "buffers_kept",
     "copy_of",
-    "generators_kept",
     "modes_kept",
     "put_back_on_failure",
     "run_on",
@@ -96,20 +93,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                         setattr(module, name, buffer)
             for buffer, value in values:
                 buffer.copy_(value)
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Give global generators their states back at the end: Python's, NumPy's, CPU's and CUDA's."""
-    pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # Of a device that was never used there is no state, and asking would start it.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)  # noqa: NPY002
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 
 from normlab.errors import InputError
+from normlab.streams import generators_kept
 
 __all__ = [
     "Trace",
@@ -172,14 +173,10 @@ def _surroundings() -> tuple[Any, ...]:
 @contextlib.contextmanager
 def _unchanged_randomness() -> Iterator[None]:
     """Refuse code that draws random numbers by itself, and take the draws back."""
-    pythons, numpys, torchs = before = _generators()
-    try:
+    with generators_kept():
+        before = _generators()
         yield
         drawn = not all(map(_equal_states, _generators(), before))
-    finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)  # noqa: NPY002
-        torch.set_rng_state(torchs)
     if drawn:
         raise fx.proxy.TraceError("it draws random numbers in Python")
 

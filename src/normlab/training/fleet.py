@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from normlab.data import Splits, gather
 from normlab.layers import NORM_LAYERS, draw_dropout_from
-from normlab.probes import inside
+from normlab.probes import Histogram, inside
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
@@ -357,20 +357,24 @@ class Fleet:
             found = self.evaluate(looked_at, indices)
             for r, (loss, accuracy) in zip(looked_at, found, strict=True):
                 values[r] |= {(split, "loss"): loss, (split, "accuracy"): accuracy}
-        train = self.splits.indices["train"]
-        # From all over, for a folder has its images class by class.
-        shown = self._images(train[:: max(1, len(train) // _SHOWN)][:_SHOWN])
+        epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
+        inner = {} if into_epoch else self._histograms(looked_at)
         events: list[Measurement | Outcome] = []
         for r in self.alive:
             replica, seen = self.replicas[r], values.get(r, {})
             if seen and all(map(math.isfinite, seen.values())):
-                epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
-                histograms = {} if into_epoch else inside(self.network, self.state(r), shown)
-                events.append(Measurement(replica, self.step, epoch, seen, histograms))
+                events.append(Measurement(replica, self.step, epoch, seen, inner.get(r, {})))
             else:
                 share = self.seconds / len(self.replicas)
                 events.append(Outcome(replica, "diverged", self.step, share))
         return events
+
+    def _histograms(self, replicas: Sequence[int]) -> dict[int, dict[str, dict[str, Histogram]]]:
+        """Return how the values inside replicas are distributed, in the mode of the moment."""
+        train = self.splits.indices["train"]
+        # From all over, for a folder has its images class by class.
+        x = self._images(train[:: max(1, len(train) // _SHOWN)][:_SHOWN])
+        return {r: inside(self.network, self.state(r), x) for r in replicas}
 
     def _samples_of_epoch(self) -> int:
         """Return how many samples of the epoch, running or just ended, were trained on."""

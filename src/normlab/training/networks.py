@@ -20,7 +20,7 @@ from normlab.imports import call, is_function
 from normlab.layers import Dropout
 from normlab.networks import Arm, build_network, parse_arm
 from normlab.probes import outputs
-from normlab.streams import stream
+from normlab.streams import generators_kept, stream
 from normlab.surgery import exchange_norms
 from normlab.training.recipe import Recipe
 
@@ -164,16 +164,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
     NumPy's legacy one, too: it is that which a constructor draws from without naming one.
     """
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-    try:
+    with generators_kept():
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
         yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
 
 
 def _check_output(network: nn.Module, example: Tensor, classes: int) -> None:
