@@ -10,7 +10,7 @@ from normlab.study import Comparison
 if TYPE_CHECKING:
     import altair as alt
 
-__all__ = ["CHARTS", "chart", "colors"]
+__all__ = ["CHARTS", "PALETTE", "chart", "colors"]
 
 CHARTS = {
     "accuracy": "Accuracy",
@@ -20,7 +20,7 @@ CHARTS = {
 """The charts that `chart` draws, with their titles."""
 
 # The baseline in grey; then Okabe and Ito's colours, which differ for every kind of colour vision.
-_PALETTE = (
+PALETTE = (
     *("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7"),
     *("#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#b8a800"),
 )
@@ -30,7 +30,7 @@ _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 def colors(comparison: Comparison) -> dict[str, str]:
     """Return the colour of each arm, the same in every chart and table."""
     arms = comparison.study.arms
-    return {arm: _PALETTE[i % len(_PALETTE)] for i, arm in enumerate(arms)}
+    return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
 
 
 def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:

@@ -1,0 +1,9 @@
+"""The claims that normlab tests, one file each."""
+
+from normlab.claims.catalog import identity
+from normlab.claims.claim import Claim
+
+__all__ = ["CLAIMS"]
+
+CLAIMS: dict[str, Claim] = {each.CLAIM.name: each.CLAIM for each in (identity,)}
+"""By name, in the order in which they are best read."""

@@ -1,0 +1,117 @@
+"""The figures that claims share: lines over something, and numbers seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from normlab.report.charts import PALETTE
+from normlab.statistics import mean_interval
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+
+__all__ = ["dots", "lines"]
+
+
+def lines(
+    frame: pd.DataFrame,
+    *,
+    title: str,
+    x: str,
+    y: str,
+    arms: Sequence[str],
+    log_x: bool = False,
+    log_y: bool = False,
+    expected: float | None = None,
+    by: str = "arm",
+) -> alt.LayerChart:
+    """Draw a value over `at`: the mean over seeds, with the 95% interval of each point.
+
+    Args:
+        frame: Columns `seed`, `arm`, `quantity`, `at` and `value`; a value that is not finite is
+            left out, and with it its seed at that place.
+        title: What is shown.
+        x: What `at` is.
+        y: What the value is.
+        arms: In the order of their colours; the first is grey.
+        log_x: Whether `at` is shown on a logarithmic scale.
+        log_y: Whether the value is.
+        expected: Where a line is drawn that a text or a formula gives.
+        by: The column whose values the lines are: `arm` or `quantity`.
+    """
+    import altair as alt
+    import numpy as np
+    import pandas as pd
+
+    finite = frame[np.isfinite(frame["value"])]
+    rows = []
+    for (arm, at), group in finite.groupby([by, "at"]):
+        mean, low, high = map(float, mean_interval(group["value"].to_numpy()))
+        rows.append({by: arm, "at": at, "mean": mean, "low": low, "high": high, "n": len(group)})
+    data = pd.DataFrame(rows, columns=[by, "at", "mean", "low", "high", "n"])
+    color = alt.Color(
+        f"{by}:N",
+        scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
+        legend=alt.Legend(title=None, orient="top"),
+    )
+    base = alt.Chart(data).encode(
+        x=alt.X("at:Q", title=x, scale=alt.Scale(type="log") if log_x else alt.Undefined),
+        color=color,
+    )
+    scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q")
+    line = base.mark_line(point=alt.OverlayMarkDef(size=20)).encode(
+        y=alt.Y("mean:Q", title=y, scale=scale), tooltip=[by, "at", "mean", "low", "high", "n"]
+    )
+    layers: list[alt.Chart] = [band, line]
+    if expected is not None:
+        rule = alt.Chart(pd.DataFrame([{"expected": expected}])).mark_rule(
+            color=PALETTE[0], strokeDash=[4, 4]
+        )
+        layers.append(rule.encode(y=alt.Y("expected:Q", scale=scale)))
+    seeds = frame["seed"].nunique()
+    return alt.layer(*layers).properties(
+        width=480,
+        height=260,
+        title=alt.TitleParams(
+            title, subtitle=f"mean of {seeds} seeds; band: pointwise 95% interval", anchor="start"
+        ),
+    )
+
+
+def dots(
+    frame: pd.DataFrame, *, title: str, x: str, arms: Sequence[str], log_x: bool = False
+) -> alt.LayerChart:
+    """Draw each seed's value as a dot, a row for each arm, with the means.
+
+    Args:
+        frame: As for `lines`.
+        title: What is shown.
+        x: What the value is.
+        arms: The rows, from above.
+        log_x: Whether the value is shown on a logarithmic scale.
+    """
+    import altair as alt
+    import numpy as np
+
+    finite = frame[np.isfinite(frame["value"])]
+    scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False)
+    base = alt.Chart(finite).encode(
+        y=alt.Y("arm:N", title=None, sort=list(arms)),
+        color=alt.Color(
+            "arm:N",
+            scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
+            legend=None,
+        ),
+    )
+    seeds = base.mark_point(filled=True, size=45, opacity=0.55).encode(
+        x=alt.X("value:Q", title=x, scale=scale), tooltip=["arm", "seed", "value"]
+    )
+    mean = base.mark_tick(thickness=3, size=28).encode(x=alt.X("mean(value):Q", scale=scale))
+    return alt.layer(seeds, mean).properties(
+        width=480,
+        height=alt.Step(40),
+        title=alt.TitleParams(title, subtitle="dots: seeds; stroke: their mean", anchor="start"),
+    )
