@@ -105,7 +105,7 @@ def test_numbers_that_are_not_finite_are_kept(tmp_path, monkeypatch):
         for seed in work.seeds:
             yield seed, [Row("batch", "height", 0.5, math.inf), Row("plain", "a", 0, math.nan)]
 
-    odd_one = replace(MADE_UP, measure=odd, effects=lambda frame: {"batch − plain": [math.inf] * 5})
+    odd_one = replace(MADE_UP, measure=odd, effects=lambda _: {"batch − plain": [math.inf] * 5})
     monkeypatch.setitem(claims.CLAIMS, "made-up", odd_one)
     frame = check("made-up", out=tmp_path).frame()
     assert frame["value"].tolist()[::2] == [math.inf] * 5
