@@ -190,10 +190,13 @@ def test_options_and_a_file_make_the_study(tmp_path):
     )
     out = str(tmp_path / "run")
     arguments = ["compare", str(file), "--arms", "layer", "--lr", "0.1", "0.2", "--seeds", "3", "5"]
+    arguments += ["--probes", "units", "gradients", "--probe-every", "20"]
     assert call(*arguments, "--drop-last", "false", "--workers", "1", "--out", out) == 0
     study = Comparison(out).study
     assert (study.name, study.network, study.arms) == ("mine", "mlp:4", ("layer",))
     assert (study.lr, study.seeds, study.drop_last) == ((0.1, 0.2), (3, 5), False)
+    assert (study.probes, study.probe_every) == (("units", "gradients"), 20)
+    assert set(Comparison(out).probes()["step"]) == {0, 20}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +215,7 @@ def test_options_and_a_file_make_the_study(tmp_path):
         (["--batch-size", "70000"], "larger than the training set (55000 images)"),
         (["--batch-size", "1"], "batch of one sample"),
         (["--validation", "1", "--batch-size", "2", "--drop-last", "no"], "batch of one sample"),
+        (["--probes", "unit"], "unknown probe 'unit' (did you mean units?)"),
         (["--lr", "0"], "lr: input should be greater than 0, got '0'"),
         (["--lr", "-0.1"], "lr: input should be greater than 0, got '-0.1'"),
         (["--lr", "nan"], "lr: input should be"),

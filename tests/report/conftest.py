@@ -4,7 +4,7 @@ import pytest
 from normlab.probes import Histogram
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
-from normlab.training import Measurement, Outcome
+from normlab.training import Measurement, Outcome, Reading
 
 STEPS_PER_EPOCH = 100
 FINAL_ACCURACY = {"plain": 0.95, "batch": 0.97, "layer": 0.951, "group:8": 0.93}
@@ -26,6 +26,22 @@ def make_run(tmp_path_factory):
 def compared(make_run):
     """Writes a run's folder without training, and returns its comparison."""
     return lambda **options: Comparison(make_run(**options))
+
+
+# What a made-up study's probes read, by layer.
+READ = {
+    "percentiles": {
+        "hidden0.activation": [f"{of}q{q}" for of in ("", "unit.") for q in (15, 50, 85)]
+    },
+    "gradients": {"hidden0.linear": ["output", "weight", "bias"], "output": ["output", "weight"]},
+    "units": {"hidden0.activation": ["dead", "saturated"]},
+    "smoothness": {
+        "": [
+            f"{of}{name}" for of in ("", "relative.") for name in ("loss.range", "gradient.change")
+        ]
+    },
+    "covariate-shift": {"output": ["shift", "cosine"]},
+}
 
 
 def write_run(
@@ -72,6 +88,8 @@ def course(study, replica, noise, diverges, runs):
     steps = sorted({*range(every, last, every), *range(STEPS_PER_EPOCH, last + 1, STEPS_PER_EPOCH)})
     if diverges or runs:
         steps = steps[: len(steps) // 2]
+    if study.probes:
+        yield reading(study, replica, 0)
     for step in steps:
         values = {}
         for split, gain in gains.items():
@@ -82,7 +100,22 @@ def course(study, replica, noise, diverges, runs):
         norm = {"output": Histogram(-1.0, step / 1000, [replica.seed, arm, 2])}
         histograms = {"hidden0.norm": norm} if ends else {}
         yield Measurement(replica, step, step // STEPS_PER_EPOCH, values, histograms)
+        if study.probes and ends:
+            yield reading(study, replica, step)
     if diverges:
         yield Outcome(replica, "diverged", steps[-1] + STEPS_PER_EPOCH, 1.5)
     elif not runs:
         yield Outcome(replica, "done", last, 3.0)
+
+
+def reading(study, replica, step):
+    """What probes might read."""
+    draw = np.random.default_rng([replica.seed, study.arms.index(replica.arm), step])
+    values = {
+        probe: {
+            layer: {name: float(draw.uniform(0.1, 1)) for name in names}
+            for layer, names in READ[probe].items()
+        }
+        for probe in study.probes
+    }
+    return Reading(replica, step, step // STEPS_PER_EPOCH, values)

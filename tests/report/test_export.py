@@ -44,6 +44,15 @@ def test_tables_are_read_back_bit_for_bit(comparison, tmp_path, to):
     same(read(out / f"replicas.{to}"), comparison.replicas())
 
 
+@pytest.mark.parametrize("to", ["csv", "parquet"])
+def test_a_study_with_probes_has_their_table_too(compared, tmp_path, to):
+    comparison = compared(seeds=2, probes=["smoothness", "units"])
+    export(comparison, to, str(tmp_path))
+    found = read(tmp_path / f"probes.{to}").fillna({"layer": ""})  # CSV has no empty text.
+    same(found, comparison.probes())
+    assert len(found) == 2 * 2 * 5 * 6
+
+
 def test_without_a_folder_tables_go_to_the_runs_own(comparison):
     assert export(comparison, "csv") == str(comparison.folder)
     assert (comparison.folder / "measurements.csv").exists()

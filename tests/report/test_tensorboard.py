@@ -105,6 +105,21 @@ def test_every_number_is_the_ledgers(written):
     assert_says_what_the_ledger_says(*written(seeds=3))
 
 
+def test_what_probes_read_is_in_each_replicas_run(written):
+    folder, comparison = written(seeds=2, probes=["smoothness", "units"], evaluate_every=50)
+    assert_says_what_the_ledger_says(folder, comparison)
+    read_by = comparison.probes().groupby(["arm", "seed", "probe", "layer", "name"])
+    assert len(read_by) == 2 * 2 * 6
+    for (arm, seed, probe, layer, name), course in read_by:
+        tag = f"{probe}/{layer}/{name}" if layer else f"{probe}/{name}"
+        found = read(folder, f"{arm}/lr=0.01/seed={seed}").Scalars(tag)
+        steps = [(each.step, each.value) for each in found]
+        assert steps == float32(zip(course["step"], course["value"], strict=True))
+        points = courses(comparison)[Replica(arm, 0.01, seed)]
+        times = {0: points[0].time} | {point.step: point.time for point in points}
+        assert [each.wall_time for each in found] == [times[step] for step in course["step"]]
+
+
 def test_a_replica_that_diverged_or_has_not_ended_is_in_no_band(written):
     folder, comparison = written(
         seeds=4,

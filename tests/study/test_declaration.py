@@ -65,6 +65,18 @@ def test_the_fingerprint_stands_for_what_is_declared_and_not_for_its_name():
     assert len(changed | {study.fingerprint}) == len(fields) + 1
 
 
+def test_a_study_without_probes_has_the_fingerprint_that_it_had_before_there_were_any():
+    assert Study().fingerprint.startswith("ca38c6b3")
+    probed = [
+        Study(probes="units"),
+        Study(probes=["gradients"]),
+        Study(probes="units", probe_every=50),
+    ]
+    assert len({study.fingerprint for study in (Study(), *probed)}) == 4
+    assert probed[0].probes == ("units",)
+    assert all(Study.from_toml(study.to_toml()) == study for study in probed)
+
+
 def test_a_study_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Study().epochs = 3

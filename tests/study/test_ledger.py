@@ -8,7 +8,7 @@ from normlab.probes import Histogram
 from normlab.study import Comparison, Study
 from normlab.study import ledger as ledger_module
 from normlab.study.ledger import FILENAME, Ledger
-from normlab.training import Measurement, Outcome, Replica
+from normlab.training import Measurement, Outcome, Reading, Replica
 
 STUDY = Study(seeds=2)
 FIRST = Replica("plain", 0.01, 0)
@@ -18,6 +18,12 @@ HISTOGRAMS = {
         "output": Histogram(-0.1, 0.1 + 0.2, [3, 0, 1]),
         "weight": Histogram(1.0, 1.0, [0, 0, 8]),
     }
+}
+
+
+READ = {
+    "units": {"b": {"dead": 0.0}, "a": {"dead": 0.1 + 0.2}},
+    "smoothness": {"": {"loss.range": 1e-300}},
 }
 
 
@@ -53,17 +59,19 @@ def test_what_is_kept_is_read_back_exactly(tmp_path):
     assert '"torch"' in session["versions"]
 
 
-@pytest.mark.parametrize("table", ["measurement", "histogram"])
+@pytest.mark.parametrize("table", ["measurement", "histogram", "probe"])
 def test_what_a_replica_without_outcome_measured_is_made_again(tmp_path, table):
     second = Replica("batch", 0.01, 0)
     fill(
         tmp_path,
         Measurement(FIRST, 10, 1, VALUES, HISTOGRAMS),
+        Reading(FIRST, 10, 1, READ),
         Outcome(FIRST, "done", 10, 1.0),
         Measurement(second, 10, 1, VALUES, HISTOGRAMS),
+        Reading(second, 10, 1, READ),
     )
     assert {row["arm"] for row in read(tmp_path, table)} == {"plain", "batch"}
-    fill(tmp_path, Measurement(second, 10, 1, VALUES, HISTOGRAMS))
+    fill(tmp_path, Measurement(second, 10, 1, VALUES, HISTOGRAMS), Reading(second, 10, 1, READ))
     fill(tmp_path)
     assert {row["arm"] for row in read(tmp_path, table)} == {"plain"}
 
@@ -79,6 +87,21 @@ def test_histograms_are_read_back_exactly(tmp_path):
     assert found.to_dict("records") == expected
     fill(tmp_path / "none")
     assert list(Comparison(tmp_path / "none").histograms()) == list(found)
+
+
+def test_what_probes_read_is_read_back_exactly(tmp_path):
+    fill(tmp_path, Reading(FIRST, 0, 0, {"units": {}}), Reading(FIRST, 7, 0, READ))
+    key = {"arm": "plain", "lr": 0.01, "weight_decay": 0.0, "seed": 0, "step": 7, "epoch": 0}
+    expected = [
+        {**key, "probe": "smoothness", "layer": "", "name": "loss.range", "value": 1e-300},
+        {**key, "probe": "units", "layer": "a", "name": "dead", "value": 0.1 + 0.2},
+        {**key, "probe": "units", "layer": "b", "name": "dead", "value": 0.0},
+    ]
+    found = Comparison(tmp_path).probes()
+    assert found.to_dict("records") == expected
+    assert list(found) == list(expected[0])
+    fill(tmp_path / "none")
+    assert list(Comparison(tmp_path / "none").probes()) == list(found)
 
 
 def test_a_measurement_is_kept_whole_or_not_at_all(tmp_path):

@@ -80,6 +80,27 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(
     assert measured(tmp_path) == measured(finished)
 
 
+@pytest.mark.parametrize("events", [3, 8, 19])
+def test_what_probes_read_survives_an_interruption_and_changes_no_number(
+    tiny, finished, tmp_path, events
+):
+    probed = tiny.with_fields({"probes": ["percentiles", "units"], "probe_every": 13})
+    run(probed, tmp_path / "whole")
+    assert measured(tmp_path / "whole") == measured(finished)
+    with pytest.raises(KeyboardInterrupt):
+        run(probed, tmp_path / "stopped", watcher=Watcher(stop_after=events))
+    run(probed, tmp_path / "stopped", workers=2)
+    assert measured(tmp_path / "stopped") == measured(finished)
+    read = []
+    for name in ("whole", "stopped"):
+        with Ledger.read(tmp_path / name) as ledger:
+            read.append(ledger.rows("probe"))
+    assert read[0] == read[1]
+    places = {(row["arm"], row["seed"], row["step"], row["epoch"]) for row in read[0]}
+    steps = [(0, 0), (13, 0), (26, 0), (39, 1), (52, 1)]
+    assert places == {(a, s, *at) for a in ("plain", "batch") for s in (0, 1) for at in steps}
+
+
 def test_two_workers_measure_the_same_numbers(tiny, finished, tmp_path):
     watcher = Watcher()
     run(tiny, tmp_path, workers=2, watcher=watcher)

@@ -246,7 +246,7 @@ def by_hand_in_double(splits, replica, recipe, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item() * 32
+        total += loss.item()
     return network.state_dict(), total
 
 
@@ -485,12 +485,7 @@ def test_evaluation_does_not_change_training(splits, arm):
     seldom, few = run(splits, Recipe(epochs=2, evaluate_every=0), arm)
     often, many = run(splits, Recipe(epochs=2, evaluate_every=1), arm)
     assert same_bits(bits(seldom), bits(often))
-    at_the_ends = [m for m in measurements(many) if m.step in (6, 12)]
-    for one, other in zip(measurements(few), at_the_ends, strict=True):
-        # What is summed up over the batches is rounded where it is looked at.
-        assert one.values == pytest.approx(other.values, rel=1e-12)
-        exact = {key: value for key, value in one.values.items() if key[0] != "batches"}
-        assert exact.items() <= other.values.items()
+    assert measurements(few) == [m for m in measurements(many) if m.step in (6, 12)]
 
 
 def test_evaluation_is_in_eval_mode_and_training_in_train_mode(splits):

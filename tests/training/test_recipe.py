@@ -38,6 +38,10 @@ def test_every_field_says_why_its_default_is_what_it_is():
         ({"network": "mlp:32,0"}, "whole numbers from 1 to 65536"),
         ({"momentum": 0.9}, "momentum=0.9 belongs to sgd, not adam"),
         ({"momentum": 0.9, "optimizer": "adam"}, "momentum=0.9 belongs to sgd, not adam"),
+        ({"probes": "percentile"}, r"unknown probe 'percentile' \(did you mean percentiles\?\)"),
+        ({"probes": ["units", "x"]}, "unknown probe 'x': known are percentiles, gradients, units"),
+        ({"probes": ["units", "units"]}, "each may be named once"),
+        ({"probe_every": 50}, "probe_every=50 belongs to probes: name some"),
     ],
 )
 def test_what_is_unknown_or_belongs_elsewhere_is_refused_with_a_hint(fields, message):
@@ -56,6 +60,7 @@ def test_what_is_unknown_or_belongs_elsewhere_is_refused_with_a_hint(fields, mes
         ("epochs", float("inf"), "finite number"),
         ("validation", -1, "greater than or equal to 0"),
         ("evaluate_every", -1, "greater than or equal to 0"),
+        ("probe_every", -1, "greater than or equal to 0"),
         ("momentum", -0.1, "greater than or equal to 0"),
         ("momentum", 1.0, "less than 1"),
         ("momentum", float("nan"), "finite number"),

@@ -3,6 +3,7 @@
 from normlab.report.charts import CHARTS, chart
 from normlab.report.doctor import diagnosis_chart, findings_html, write_diagnosis
 from normlab.report.export import FORMATS, export
+from normlab.report.inside import inside_charts
 from normlab.report.layers import LayersTable
 from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
@@ -28,6 +29,7 @@ __all__ = [
     "findings_html",
     "headline",
     "html_table",
+    "inside_charts",
     "remarks",
     "sentence",
     "text_table",
