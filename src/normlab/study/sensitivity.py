@@ -262,8 +262,8 @@ def ranges_frame(ends: pd.DataFrame, study: Study, reported: Mapping[str, Settin
     for arm, accuracies in seeds.items():
         means = accuracies.mean()
         found = widest_range(rates, means)
-        row = {"arm": arm, "n": len(accuracies), "own_decades": float(own[arm].mean())}
-        row["without"] = int(np.isnan(own[arm]).sum())
+        row = {"arm": arm, "n": len(accuracies), "open_low": False, "open_high": False}
+        row |= {"own_decades": own[arm].mean(), "without": np.isnan(own[arm]).sum()}
         row["reported_lr"], row["reported_weight_decay"] = reported[arm]
         if found is not None:
             row |= {"best_lr": found.best, "best": float(means[found.best])}
@@ -274,7 +274,7 @@ def ranges_frame(ends: pd.DataFrame, study: Study, reported: Mapping[str, Settin
             row["difference"] = difference.mean
             row["difference_low"], row["difference_high"] = difference.low, difference.high
         rows.append(row)
-    return pd.DataFrame(rows, columns=_RANGE).astype({"open_low": bool, "open_high": bool})
+    return pd.DataFrame(rows, columns=_RANGE)
 
 
 def summarize_sensitivity(rates: pd.DataFrame, ranges: pd.DataFrame) -> dict[str, Any]:
