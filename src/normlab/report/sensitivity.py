@@ -175,10 +175,12 @@ def _accuracies(comparison: Comparison, color: alt.Color) -> alt.LayerChart:
     errors = {f"error_{end}": 1 - data[end].clip(0, 1 - _LEAST_ERROR) for end in _ENDS}
     told = data["diverged"].astype(str) + " of " + data["n"].astype(str)
     data = data.assign(**errors, told=told)
+    drawn = data[list(errors)].stack()
+    ends = (drawn.min(), drawn.max()) if len(drawn) else (_LEAST_ERROR, 1.0)
     y = alt.Y(
         "error_mean:Q",
         title="accuracy (errors, log scale)",
-        scale=alt.Scale(type="log", reverse=True, nice=False, padding=8),
+        scale=alt.Scale(type="log", reverse=True, domain=[ends[0] / 1.1, ends[1] * 1.1]),
         axis=alt.Axis(values=_TICKS, labelExpr="format(1 - datum.value, '.3~%')"),
     )
     tooltip = [
