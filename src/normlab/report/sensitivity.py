@@ -179,9 +179,13 @@ def _accuracies(comparison: Comparison, color: alt.Color) -> alt.LayerChart:
     ends = (drawn.min(), drawn.max()) if len(drawn) else (_LEAST_ERROR, 1.0)
     y = alt.Y(
         "error_mean:Q",
-        title="accuracy (errors, log scale)",
+        title="error",
         scale=alt.Scale(type="log", reverse=True, domain=[ends[0] / 1.1, ends[1] * 1.1]),
-        axis=alt.Axis(values=_TICKS, labelExpr="format(1 - datum.value, '.3~%')"),
+        axis=alt.Axis(
+            title="accuracy (errors, log scale)",
+            values=_TICKS,
+            labelExpr="format(1 - datum.value, '.3~%')",
+        ),
     )
     tooltip = [
         alt.Tooltip("arm:N"),
