@@ -28,6 +28,9 @@ T_2 = 4.302652729911275  # Of three.
         # A point, to the last digit, is within a point; a hundredth of one more is not.
         ([0.90, 0.95, 0.94, 0.90], RateRange(0.01, 0.01, 0.1, False, False)),
         ([0.90, 0.95, 0.9399, 0.90], RateRange(0.01, 0.01, 0.01, False, False)),
+        # Nor do the last digits of a mean make one rate better than another, or further off.
+        ([0.29, 0.1 + 0.2, 0.2, 0.2], RateRange(0.01, 0.001, 0.01, True, False)),
+        ([0.2, 0.3, 0.1 + 0.2, 0.2], RateRange(0.01, 0.01, 0.1, False, False)),
         # The range ends with the rates tried, at one end, at the other, at both.
         ([0.95, 0.945, 0.5, 0.5], RateRange(0.001, 0.001, 0.01, True, False)),
         ([0.5, 0.5, 0.945, 0.95], RateRange(1.0, 0.1, 1.0, False, True)),
@@ -107,13 +110,14 @@ def test_ranges_are_compared_seed_by_seed():
 
 def test_without_a_spread_or_a_range_there_is_no_interval():
     def numbers(ours, theirs):
-        one = range_difference(ours, theirs)
-        return [None if math.isnan(number) else number for number in one[:3]], one.failed
+        found = range_difference(ours, theirs)
+        return [None if math.isnan(number) else number for number in found]
 
-    assert numbers([1.0, 1.0], [0.5, 0.5]) == ([0.5, None, None], (0, 0))
-    assert numbers([1.0], [0.5]) == ([0.5, None, None], (0, 0))
-    assert numbers([], []) == ([None] * 3, (0, 0))
-    assert numbers([1.0, math.nan], [0.5, 0.5]) == ([None] * 3, (1, 0))
+    assert numbers([1.0, 1.0], [0.5, 0.5]) == [0.5, None, None]
+    assert numbers([1.0], [0.5]) == [0.5, None, None]
+    assert numbers([], []) == [None] * 3
+    assert numbers([1.0, math.nan, 2.0], [0.5, 0.5, 0.5]) == [None] * 3
+    assert numbers([1.0, 1.5], [0.5, math.nan]) == [None] * 3
 
 
 def keep(folder, study, course, *, diverged=(), missing=()):

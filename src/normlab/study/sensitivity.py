@@ -78,13 +78,11 @@ class RangeDifference(NamedTuple):
         low: Lower end of the t interval of the mean; NaN also where there is one seed, or where
             all differences are equal.
         high: Upper end.
-        failed: Seeds without a range, of the arm and of the other.
     """
 
     mean: float
     low: float
     high: float
-    failed: tuple[int, int]
 
 
 def widest_range(
@@ -172,18 +170,14 @@ def range_difference(
         confidence: Of the interval.
 
     >>> one = range_difference([1.0, 2.0, 1.5], [0.5, 0.5, 0.5])
-    >>> [round(number, 3) for number in one[:3]]
+    >>> [round(number, 3) for number in one]
     [1.0, -0.242, 2.242]
     """
-    first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
-    failed = int(np.isnan(first).sum()), int(np.isnan(second).sum())
-    if any(failed) or not len(first):
-        return RangeDifference(math.nan, math.nan, math.nan, failed)
-    differences = first - second
-    if len(differences) == 1:
-        return RangeDifference(float(differences[0]), math.nan, math.nan, failed)
-    test = paired_t(differences, confidence)
-    return RangeDifference(test.mean, test.low, test.high, failed)
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    if len(differences) < 2:
+        mean = float(differences[0]) if len(differences) else math.nan
+        return RangeDifference(mean, math.nan, math.nan)
+    return RangeDifference(*paired_t(differences, confidence)[:3])
 
 
 def by_rate(study: Study, table: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
