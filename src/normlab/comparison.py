@@ -27,7 +27,7 @@ class Comparison(studies.Comparison):
     """
 
     def chart(self, metric: str = "accuracy") -> alt.TopLevelMixin:
-        """Return a chart: `accuracy`, `loss` or `difference`.
+        """Return a chart: `accuracy`, `loss`, `difference` or `sensitivity`.
 
         Raises:
             InputError: There is no such chart.

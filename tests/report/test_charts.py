@@ -74,7 +74,7 @@ def test_a_study_with_little_to_show_has_its_charts_too(compared, case, name):
 def test_an_unknown_chart_is_refused(compared):
     with pytest.raises(InputError) as error:
         chart(compared(seeds=1), "acuracy")
-    assert str(error.value) == "unknown chart 'acuracy': known are accuracy, loss, difference"
+    assert str(error.value) == f"unknown chart 'acuracy': known are {', '.join(CHARTS)}"
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from normlab.errors import InputError
+from normlab.report.sensitivity import sensitivity_chart
 from normlab.study import Comparison
 
 if TYPE_CHECKING:
     import altair as alt
 
-__all__ = ["CHARTS", "PALETTE", "chart", "colors"]
+__all__ = ["CHARTS", "PALETTE", "chart", "colors", "with_something_to_show"]
 
 CHARTS = {
     "accuracy": "Accuracy",
     "loss": "Loss",
     "difference": "Difference in final test accuracy, seed by seed",
+    "sensitivity": "Accuracy against the learning rate",
 }
 """The charts that `chart` draws, with their titles."""
 
@@ -39,7 +41,9 @@ def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
     Args:
         comparison: What to draw.
         name: `accuracy` or `loss` for curves over epochs with pointwise bands, one panel a split;
-            `difference` for the differences in final test accuracy with their interval.
+            `difference` for the differences in final test accuracy with their interval;
+            `sensitivity` for final test accuracy against the learning rate, and the range that
+            works for each arm.
 
     Returns:
         An Altair chart.
@@ -49,7 +53,20 @@ def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
     """
     if name not in CHARTS:
         raise InputError(f"unknown chart {name!r}: known are {', '.join(CHARTS)}")
-    return _differences(comparison) if name == "difference" else _curves(comparison, name)
+    if name == "difference":
+        return _differences(comparison)
+    if name == "sensitivity":
+        return sensitivity_chart(comparison, _arm_color(comparison), CHARTS[name])
+    return _curves(comparison, name)
+
+
+def with_something_to_show(comparison: Comparison) -> list[str]:
+    """Return the names of `CHARTS`, without those that one arm or one rate leaves nothing for."""
+    alone = {
+        "difference": len(comparison.study.arms) == 1,
+        "sensitivity": len(comparison.study.lr) == 1,
+    }
+    return [name for name in CHARTS if not alone.get(name)]
 
 
 def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:

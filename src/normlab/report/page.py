@@ -11,7 +11,7 @@ from typing import Any
 
 from normlab.errors import NormlabError
 from normlab.files import replace
-from normlab.report.charts import CHARTS, chart
+from normlab.report.charts import chart, with_something_to_show
 from normlab.report.layers import layers_html
 from normlab.report.published import published_sentence, published_table
 from normlab.report.table import evidence_table, html_table
@@ -86,9 +86,7 @@ def _html(comparison: Comparison, specs: dict[str, Any], pictures: dict[str, str
 
 def _specs(comparison: Comparison) -> dict[str, Any]:
     """Return the Vega-Lite specifications of the charts that have something to show."""
-    names = list(CHARTS)
-    if len(comparison.study.arms) == 1:
-        names.remove("difference")
+    names = with_something_to_show(comparison)
     return {name: chart(comparison, name).to_dict() for name in names}
 
 

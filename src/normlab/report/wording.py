@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normlab.report.published import published_sentence
+from normlab.report.sensitivity import chosen_sentence, range_sentences
 from normlab.study import Comparison, Metric, Verdict
 
 __all__ = [
@@ -81,9 +82,12 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return what there is to say of published figures, and of verdicts on the other metrics."""
+    """Return what there is to say of published figures, learning rates, and the other verdicts."""
     first = comparison.metrics[0].name
     told = [published_sentence(comparison)] if comparison.study.published else []
+    told += range_sentences(comparison)
+    if chosen := chosen_sentence(comparison):
+        told.append(chosen)
     return told + [
         sentence(one)
         for one in comparison.verdicts

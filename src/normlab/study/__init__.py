@@ -5,12 +5,14 @@ from normlab.study.declaration import Study, bundled_studies, find_study
 from normlab.study.inspection import layers_of
 from normlab.study.published import PublishedFigure
 from normlab.study.run import Watcher, run
+from normlab.study.sensitivity import RateRange, widest_range
 from normlab.study.verdicts import Metric, Verdict, judge
 
 __all__ = [
     "Comparison",
     "Metric",
     "PublishedFigure",
+    "RateRange",
     "Study",
     "Verdict",
     "Watcher",
@@ -19,4 +21,5 @@ __all__ = [
     "judge",
     "layers_of",
     "run",
+    "widest_range",
 ]

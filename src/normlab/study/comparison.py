@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +16,21 @@ from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
 from normlab.study.inspection import histograms_frame, layers_frame, learned_frame, probes_frame
 from normlab.study.ledger import Ledger
+from normlab.study.outcomes import (
+    choose,
+    metrics_of,
+    outcome_table,
+    replica_of,
+    summarize,
+    validation_finals,
+)
 from normlab.study.published import beside
+from normlab.study.sensitivity import (
+    by_rate,
+    ranges_frame,
+    sensitivity_frame,
+    summarize_sensitivity,
+)
 from normlab.study.verdicts import Metric, Verdict, judge
 from normlab.training import Replica, Setting
 
@@ -77,32 +90,7 @@ class Comparison:
     @cached_property
     def metrics(self) -> list[Metric]:
         """The numbers that the arms are judged by."""
-        study = self.study
-        target = f"{study.target_accuracy * 100:g}%"
-        metrics = [
-            Metric(
-                "final_test_accuracy", "final test accuracy", True, study.margin_accuracy, "points"
-            ),
-            Metric("final_test_loss", "final test loss", False, study.margin_loss, "nats"),
-            Metric(
-                "steps_to_target",
-                f"steps to {target} test accuracy",
-                False,
-                None,
-                "steps",
-                failure=f"diverged or did not reach {target}",
-            ),
-        ]
-        if study.validation:
-            best = Metric(
-                "best_validation_test_accuracy",
-                "test accuracy at the best validation epoch",
-                True,
-                study.margin_accuracy,
-                "points",
-            )
-            metrics.insert(2, best)
-        return metrics
+        return metrics_of(self.study)
 
     def frame(self) -> pd.DataFrame:
         """Return every measurement, one a row.
@@ -129,8 +117,8 @@ class Comparison:
 
         Returns:
             Columns `arm`, `lr`, `seed`, `weight_decay`, `status` (`done` or `diverged`), `step`
-            (the last one), `seconds` (it took), `engine`, `final_validation_accuracy` and one for
-            each of `metrics`, NaN as in `outcomes`.
+            (the last one), `seconds` (it took), `engine`, `final_train_accuracy`,
+            `final_validation_accuracy` and one for each of `metrics`, NaN as in `outcomes`.
         """
         import pandas as pd
 
@@ -234,7 +222,7 @@ class Comparison:
 
     def diverged(self) -> Counter[tuple[str, Setting]]:
         """Return how many replicas of each arm and setting diverged."""
-        gone = (_replica(one) for one in self._replicas if one["status"] == "diverged")
+        gone = (replica_of(one) for one in self._replicas if one["status"] == "diverged")
         return Counter((one.arm, one.setting) for one in gone)
 
     @cached_property
@@ -246,23 +234,8 @@ class Comparison:
         there. Only seeds that are finished at every setting, in every arm, are in it.
         """
         seeds = self._finished_seeds()
-        finals = self._outcome_table["final_validation_accuracy"].fillna(0.0)
-        chosen: dict[str, dict[int, Setting]] = {}
-        for arm in self.study.arms:
-            scores = {
-                setting: np.array(
-                    [
-                        finals.get(Replica(arm, setting.lr, seed, setting.weight_decay), 0.0)
-                        for seed in seeds
-                    ]
-                )
-                for setting in self.study.settings
-            }
-            chosen[arm] = {
-                seed: max(scores, key=lambda one: scores[one].sum() - scores[one][i])
-                for i, seed in enumerate(seeds)
-            }
-        return chosen
+        study, finals = self.study, validation_finals(self._outcome_table)
+        return {arm: choose(finals, arm, study.settings, seeds) for arm in study.arms}
 
     @property
     def reported(self) -> dict[str, Setting]:
@@ -298,6 +271,41 @@ class Comparison:
         columns = ["lr", "weight_decay", "status", *(metric.name for metric in self.metrics)]
         frame = pd.DataFrame(rows, columns=["arm", "seed", *columns])
         return frame.set_index(["arm", "seed"])
+
+    def sensitivity(self) -> pd.DataFrame:
+        """Return how accurate each arm is at each learning rate in the end, over seeds.
+
+        Of several weight decays each seed has, at each rate, the one that is best there on
+        validation data by the other seeds. Only seeds that are finished at every setting, in every
+        arm, are in it.
+
+        Returns:
+            Columns `arm`, `lr`, `weight_decay` (the one that most seeds have), `split`, `n`,
+            `diverged` (how many of the `n` replicas did), `mean` (of the final accuracy, a share; a
+            replica that diverged counts as 0, as where rates are chosen), `low` and `high`: the
+            pointwise t interval of the mean at the study's confidence, NaN where one diverged or
+            there is one seed.
+        """
+        return sensitivity_frame(self._by_rate, self.study.confidence)
+
+    def ranges(self) -> pd.DataFrame:
+        """Return the range of learning rates that works for each arm, one a row.
+
+        It is the widest range of the study's rates, around the arm's best, whose mean final test
+        accuracy is within a point (0.01) of the best; a replica that diverged counts as 0. Where it
+        ends with the rates tried it is open, and `decades` the least that it can be.
+
+        Returns:
+            Columns `arm`; `best_lr` and `best`, the best rate and its mean accuracy; `low`, `high`,
+            `decades` (log₁₀ of high / low), `open_low` and `open_high`; `n` (seeds);
+            `own_decades`, the mean width of each seed's own range, and `without`, the seeds that
+            have none, for all of them diverged; `difference`, the mean of its paired differences
+            from the baseline's in decades, with its t interval `difference_low` and
+            `difference_high`; and the setting that the arm is reported at, `reported_lr` and
+            `reported_weight_decay`. NaN where there is none. The differences are of the rates that
+            were tried: how far open ranges go on is not in them.
+        """
+        return ranges_frame(self._by_rate, self.study, self.reported)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -344,9 +352,7 @@ class Comparison:
             "seconds": round(self.seconds, 3),
             "complete": self.complete,
             "arms": {
-                arm: {
-                    metric.name: _summarize(outcomes, arm, metric.name) for metric in self.metrics
-                }
+                arm: {metric.name: summarize(outcomes, arm, metric.name) for metric in self.metrics}
                 for arm in self.study.arms
             },
             "chosen": {
@@ -354,6 +360,11 @@ class Comparison:
                 for arm, settings in self.chosen.items()
             },
             "verdicts": [_verdict_dict(verdict) for verdict in self.verdicts],
+            "sensitivity": (
+                summarize_sensitivity(self.sensitivity(), self.ranges())
+                if len(self.study.lr) > 1
+                else None
+            ),
             "published": self.published,
         }
 
@@ -363,7 +374,7 @@ class Comparison:
         epoch, chosen = self.steps_per_epoch, self.chosen
         measured: dict[tuple[str, str, str, int, int], dict[int, float]] = {}
         for m in self._measurements:
-            replica = _replica(m)
+            replica = replica_of(m)
             if chosen.get(replica.arm, {}).get(replica.seed) == replica.setting:
                 into = m["step"] - m["epoch"] * epoch
                 key = (replica.arm, m["split"], m["metric"], m["epoch"], into)
@@ -371,60 +382,19 @@ class Comparison:
         return beside(self.study.published, measured, self.study.confidence)
 
     def _finished_seeds(self) -> list[int]:
-        finished = {_replica(one) for one in self._replicas}
+        finished = {replica_of(one) for one in self._replicas}
         unfinished = {one.seed for one in self.study.replicas if one not in finished}
         return [seed for seed in self.study.seeds if seed not in unfinished]
 
     @cached_property
     def _outcome_table(self) -> pd.DataFrame:
-        """What each replica ended with: index as `Replica`; NaN where it failed."""
-        import pandas as pd
+        """As `outcome_table` has it."""
+        return outcome_table(self.study, self._replicas, self._measurements)
 
-        courses: dict[Replica, dict[tuple[str, str], list[tuple[int, float]]]] = {}
-        for m in self._measurements:  # Ordered by step within each replica, split and metric.
-            course = courses.setdefault(_replica(m), {})
-            course.setdefault((m["split"], m["metric"]), []).append((m["step"], m["value"]))
-        rows = []
-        for row in self._replicas:
-            replica, status = _replica(row), row["status"]
-            numbers = self._numbers(courses[replica]) if status == "done" else {}
-            rows.append({**replica._asdict(), "status": status, **numbers})
-        columns = ["status", "final_validation_accuracy", *(one.name for one in self.metrics)]
-        frame = pd.DataFrame(rows, columns=[*_REPLICA, *columns])
-        return frame.set_index(_REPLICA).sort_index()
-
-    def _numbers(self, course: dict[tuple[str, str], list[tuple[int, float]]]) -> dict[str, float]:
-        accuracy = course["test", "accuracy"]
-        reached = [step for step, value in accuracy if value >= self.study.target_accuracy]
-        numbers = {
-            "final_test_accuracy": accuracy[-1][1],
-            "final_test_loss": course["test", "loss"][-1][1],
-            "steps_to_target": float(reached[0]) if reached else math.nan,
-        }
-        if validation := course.get(("validation", "accuracy")):
-            best = max(range(len(validation)), key=lambda i: validation[i][1])
-            numbers["best_validation_test_accuracy"] = accuracy[best][1]
-            numbers["final_validation_accuracy"] = validation[-1][1]
-        return numbers
-
-
-def _replica(row: dict[str, Any]) -> Replica:
-    """Return the replica that a row of the ledger is of."""
-    return Replica(*(row[name] for name in _REPLICA))
-
-
-def _summarize(outcomes: pd.DataFrame, arm: str, metric: str) -> dict[str, Any]:
-    if arm not in outcomes.index.get_level_values("arm"):
-        return {"mean": None, "sd": None, "n": 0, "failed": 0, "diverged": 0}
-    rows = outcomes.loc[[arm]]
-    values = rows[metric].dropna()
-    return {
-        "mean": float(values.mean()) if len(values) else None,
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "n": len(values),
-        "failed": len(rows) - len(values),
-        "diverged": int((rows["status"] == "diverged").sum()),
-    }
+    @cached_property
+    def _by_rate(self) -> pd.DataFrame:
+        """As `by_rate` has it."""
+        return by_rate(self.study, self._outcome_table, self._finished_seeds())
 
 
 def _verdict_dict(verdict: Verdict) -> dict[str, Any]:
