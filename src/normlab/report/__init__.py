@@ -7,7 +7,7 @@ from normlab.report.layers import LayersTable
 from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
 from normlab.report.mlflow import Mlflow
-from normlab.report.page import write
+from normlab.report.page import page_html, write
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.tensorboard import TensorBoard
 from normlab.report.wording import headline, remarks, sentence
@@ -28,6 +28,7 @@ __all__ = [
     "findings_html",
     "headline",
     "html_table",
+    "page_html",
     "remarks",
     "sentence",
     "text_table",
