@@ -8,6 +8,7 @@ from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
 from normlab.report.mlflow import Mlflow
 from normlab.report.page import page_html, write
+from normlab.report.runs import runs_html, write_runs
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.tensorboard import TensorBoard
 from normlab.report.wording import headline, remarks, sentence
@@ -30,8 +31,10 @@ __all__ = [
     "html_table",
     "page_html",
     "remarks",
+    "runs_html",
     "sentence",
     "text_table",
     "write",
     "write_diagnosis",
+    "write_runs",
 ]
