@@ -32,7 +32,11 @@ def diagnosis_chart(diagnosis: Diagnosis) -> alt.TopLevelMixin:
     panels: list[Any] = [
         panel for panel in (_drift(layers), _gamma(layers), _units(diagnosis)) if panel
     ]
-    return alt.vconcat(*panels).properties(title=alt.TitleParams(diagnosis.summary, anchor="start"))
+    return (
+        alt.vconcat(*panels)
+        .resolve_scale(color="independent")
+        .properties(title=alt.TitleParams(diagnosis.summary, anchor="start"))
+    )
 
 
 def _drift(layers: pd.DataFrame) -> alt.Chart | None:
@@ -194,7 +198,7 @@ def _missing_html(diagnosis: Diagnosis) -> str:
     )
     if not rows:
         return "<p>Everything was measured.</p>"
-    return wide(f"<table><tbody>{rows}</tbody></table>", "Not measured")
+    return wide(f'<table class="details"><tbody>{rows}</tbody></table>', "Not measured")
 
 
 def _layers_html(diagnosis: Diagnosis) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from normlab.study import Metric, Verdict
@@ -10,6 +10,7 @@ from normlab.study import Metric, Verdict
 __all__ = ["Scale"]
 
 _WIDTH, _HEIGHT, _EDGE = 180, 20, 8
+_LETTER = 7
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,13 @@ class Scale:
 
     def axis(self) -> str:
         """Return the drawing that goes above the rows: the ends of the scale, and 0."""
-        marks = ""
-        places: list[tuple[float, float, str, Callable[[float], bool]]] = [
-            (self.low, 0, "start", lambda x: x > 30),
-            (self.high, _WIDTH, "end", lambda x: x < _WIDTH - 30),
-        ]
         zero = self._place(0.0)
-        for value, x, anchor, clear in places:
-            if clear(zero) and value:
-                text = self.metric.show(value, signed=True)
+        marks = _text(zero, "middle", "0")
+        for value, x, anchor in ((self.low, 0.0, "start"), (self.high, float(_WIDTH), "end")):
+            text = self.metric.show(value, signed=True)
+            if abs(x - zero) > _LETTER * (len(text) + 1):  # Or it would stand on the 0.
                 marks += _text(x, anchor, text)
-        return _svg(marks + _text(zero, "middle", "0"))
+        return _svg(marks)
 
     def _ground(self, margin: float | None) -> str:
         ground = ""

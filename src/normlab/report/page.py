@@ -127,9 +127,9 @@ _HOW_TO_READ = """\
 of the data. Means and standard deviations are over seeds; differences are paired, seed by seed,
 with their t interval, drawn as a bar with the mean as a dot; the upright line is no difference, and
 the shade differences that the study declared not to matter. p is the t test's (the sign test's
-where a replica failed), adjusted for all arms by Holm's method. <em>Equivalent</em> means inside the margin
-that the study declared; <em>inconclusive</em> means that these runs cannot tell. Each metric is
-judged by itself; the first is the answer.</p>"""
+where a replica failed), adjusted for all arms by Holm's method. <em>Equivalent</em> means inside
+the margin that the study declared; <em>inconclusive</em> means that these runs cannot tell. Each
+metric is judged by itself; the first is the answer.</p>"""
 
 
 def _answer(comparison: Comparison) -> str:

@@ -60,7 +60,9 @@ window.normlab = (() => {
 
   function unpacked(spec) {
     const datasets = Object.entries(spec.datasets ?? {}).map(([name, one]) => [name, rows(one)]);
-    return {...spec, datasets: Object.fromEntries(datasets)};
+    // The drawing has one description; one more for each of its points would hide it.
+    const config = {...spec.config, aria: false};
+    return {...spec, config, datasets: Object.fromEntries(datasets)};
   }
 
   // The course of every seed that the curves' means are of, in the curves' own terms.
@@ -109,7 +111,7 @@ window.normlab = (() => {
     const columns = room < NARROW ? 1 : Math.max(Math.min(panels.length, most), 1);
 
     const x = {field: axis.field, type: "quantitative", title: axis.title};
-    if (want.logX) x.scale = {type: "log"};
+    if (want.logX) x.scale = {type: "log", nice: false};
     else if (want.x === "epochs") x.axis = spec.spec.layer[1].encoding.x.axis;
     else x.scale = {zero: false};
     const layers = spec.spec.layer.map(layer => {
@@ -119,7 +121,7 @@ window.normlab = (() => {
                                legend: {title: null, orient: "top"}};
       }
       if (several && want.together) encoding.detail = {field: "run", type: "nominal"};
-      if (logY) encoding.y = {...encoding.y, scale: {type: "log", zero: false, nice: false}};
+      if (logY) encoding.y = {...encoding.y, scale: {type: "log", nice: false}};
       return {...layer, encoding, transform: [{filter: "!isValid(datum.seed)"}]};
     });
     if (want.seeds) layers.push(seedLines(layers[1], metric, several));
@@ -200,8 +202,9 @@ window.normlab = (() => {
       spec = isCurves ? curves(spec, name, data.runs, wanted(form), room) : fitted(spec, room);
       const {view} = await vegaEmbed(place, wrapped(spec, room), {
         actions: {export: true, source: false, compiled: false, editor: false},
-        ast: true,  // Without eval, which a strict page forbids.
+        ast: true,  // Without eval, which the page's policy forbids.
         downloadFileName: `${data.name}-${name}`,
+        logLevel: 1,  // Errors: a chart in which there is nothing yet is none.
         renderer: "svg",
       });
       views.push(view);
