@@ -2,11 +2,16 @@ import numpy as np
 import pytest
 
 from normlab.probes import Histogram
+from normlab.report import write
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
 from normlab.training import Measurement, Outcome
 
 STEPS_PER_EPOCH = 100
+FOUR_ARMS = {"arms": ["plain", "batch", "layer", "group:8"]}
+HOSTILE = (
+    '<script>alert(1)</script></pre></p><img src="x:" onerror="window.harmed = 1"> & "so" $title'
+)
 FINAL_ACCURACY = {"plain": 0.95, "batch": 0.97, "layer": 0.951, "group:8": 0.93}
 
 
@@ -26,6 +31,24 @@ def make_run(tmp_path_factory):
 def compared(make_run):
     """Writes a run's folder without training, and returns its comparison."""
     return lambda **options: Comparison(make_run(**options))
+
+
+@pytest.fixture(scope="session")
+def reported(compared, tmp_path_factory):
+    """A comparison of four arms, and the folder of its report."""
+    comparison = compared(description=HOSTILE, **FOUR_ARMS)
+    folder = tmp_path_factory.mktemp("report")
+    assert write(comparison, folder) == folder / "report.html"
+    return comparison, folder
+
+
+@pytest.fixture(scope="session")
+def nothing(compared, tmp_path_factory):
+    """A comparison of which nothing is measured yet, and the folder of its report."""
+    comparison = compared(missing=lambda _: True, workers=1)
+    folder = tmp_path_factory.mktemp("nothing")
+    write(comparison, folder)
+    return comparison, folder
 
 
 def write_run(

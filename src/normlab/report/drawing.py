@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["Drawing", "draw", "figures", "packed"]
 
 _DIGITS = 6  # Of a number in a chart: more than a pixel can show.
+
+_POSITIONS = re.compile(r' (?:d|transform)="[^"]*"')
+_PAST_A_PIXEL = re.compile(r"(\.\d\d)\d+")
 
 
 class Drawing(NamedTuple):
@@ -48,6 +52,7 @@ def draw(charts: Mapping[str, alt.TopLevelMixin]) -> dict[str, Drawing]:
         svg = vl_convert.vegalite_to_svg(
             spec | {"config": spec.get("config", {}) | {"aria": False}}
         )
+        svg = _POSITIONS.sub(lambda found: _PAST_A_PIXEL.sub(r"\1", found[0]), svg)
         label = escape(_description(spec))
         drawings[name] = Drawing(
             spec, svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

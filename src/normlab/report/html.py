@@ -11,7 +11,24 @@ from typing import Any
 
 from normlab.report.charts import DARK
 
-__all__ = ["page", "section", "wide"]
+__all__ = ["page", "room", "section", "wide"]
+
+_LARGEST = 1_950_000
+"""Bytes of a page that can still be sent by mail."""
+
+
+def room(main: str, specs: dict[str, Any]) -> int:
+    """Return how many bytes are left in a page, for measurements, beside these.
+
+    Args:
+        main: The contents, as HTML.
+        specs: Of the charts.
+    """
+    import vl_convert
+
+    library = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    rest = (main, json.dumps(specs), library, _text("style.css"), _text("script.js"))
+    return _LARGEST - sum(len(part.encode()) for part in rest)
 
 
 def page(title: str, description: str, main: str, data: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, SPLITS, chart, colors
 from normlab.report.drawing import Drawing, draw, figures, packed
-from normlab.report.html import page, section, wide
+from normlab.report.html import page, room, section, wide
 from normlab.report.layers import layers_html
 from normlab.report.published import published_sentence, published_table
 from normlab.report.raw import raw
@@ -113,13 +113,11 @@ def _page(comparison: Comparison, sections: Mapping[str, Mapping[str, Drawing]])
         ),
         section("Raw data", downloads(f"normlab export {comparison.folder} --to csv")),
     ]
-    data = {
-        "name": study.name,
-        "curves": CURVES,
-        "specs": {name: packed(one.spec) for name, one in _all(sections).items()},
-        "runs": [raw(comparison, name=study.name)],
-    }
-    return page(study.name, study.description, "\n".join(filter(None, main)), data)
+    text = "\n".join(filter(None, main))
+    specs = {name: packed(one.spec) for name, one in _all(sections).items()}
+    runs = [raw(comparison, name=study.name, room=room(text, specs))]
+    data = {"name": study.name, "curves": CURVES, "specs": specs, "runs": runs}
+    return page(study.name, study.description, text, data)
 
 
 _HOW_TO_READ = """\

@@ -9,19 +9,16 @@ from typing import Any
 from normlab.study import Comparison
 from normlab.training import Replica
 
-__all__ = ["LARGEST", "raw"]
-
-LARGEST = 700_000
-"""Characters of measurements that one page carries at most, so that it can still be sent."""
+__all__ = ["raw"]
 
 
-def raw(comparison: Comparison, *, name: str, room: int = LARGEST) -> dict[str, Any]:
+def raw(comparison: Comparison, *, name: str, room: int) -> dict[str, Any]:
     """Return what a page's script draws seeds from and makes tables of.
 
     Args:
         comparison: What to put into the page.
         name: Of the run.
-        room: How many characters the measurements may take. Where all do not fit, those of the
+        room: How many bytes all of it may take. Where all do not fit, those of the
             settings that are reported stand for them, and if these do not either, none.
 
     Returns:
@@ -33,16 +30,22 @@ def raw(comparison: Comparison, *, name: str, room: int = LARGEST) -> dict[str, 
     """
     courses = _courses(comparison)
     reported = [course for course in courses if course["reported"]]
-    candidates: tuple[list[dict[str, Any]], ...] = (courses, reported, [])
-    fitting = next(kept for kept in candidates if len(json.dumps(kept)) <= max(room, 2))
     ends = comparison.replicas()
+    replicas = {key: [_plain(x) for x in ends[key]] for key in ends}
+    left = room - _size(replicas)
+    candidates: tuple[list[dict[str, Any]], ...] = (courses, reported)
+    fitting = next((kept for kept in candidates if _size(kept) <= left), [])
     return {
         "run": name,
         "per_epoch": comparison.steps_per_epoch,
-        "replicas": {key: [_plain(x) for x in ends[key]] for key in ends},
+        "replicas": replicas,
         "left_out": len(courses) - len(fitting),
         "courses": fitting,
     }
+
+
+def _size(value: Any) -> int:
+    return len(json.dumps(value, separators=(",", ":")).encode())
 
 
 def _courses(comparison: Comparison) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from normlab.errors import InputError, NormlabError
 from normlab.files import replace
 from normlab.report.charts import CHARTS, SPLITS, curve_rows, draw_curves, palette
 from normlab.report.drawing import draw, figures, packed
-from normlab.report.html import page, section, wide
+from normlab.report.html import page, room, section, wide
 from normlab.report.intervals import Scale
 from normlab.report.page import CURVES, controls, downloads, session_rows
-from normlab.report.raw import LARGEST, raw
+from normlab.report.raw import raw
 from normlab.report.wording import difference, headline, interval, mean_and_sd, word
 from normlab.study import Comparison
 
@@ -83,13 +83,12 @@ def runs_html(comparisons: Sequence[Comparison]) -> str:
         section("How they were measured", wide(_sessions(runs), "How they were measured")),
         section("Raw data", downloads(exports)),
     ]
-    data = {
-        "name": "runs",
-        "curves": CURVES,
-        "specs": {name: packed(one.spec) for name, one in drawings.items()},
-        "runs": [raw(one, name=name, room=LARGEST // len(runs)) for name, one in runs.items()],
-    }
-    return page(f"{len(runs)} runs side by side", "; ".join(runs), "\n".join(main), data)
+    text = "\n".join(main)
+    specs = {name: packed(one.spec) for name, one in drawings.items()}
+    share = room(text, specs) // len(runs)
+    raws = [raw(one, name=name, room=share) for name, one in runs.items()]
+    data = {"name": "runs", "curves": CURVES, "specs": specs, "runs": raws}
+    return page(f"{len(runs)} runs side by side", "; ".join(runs), text, data)
 
 
 def _named(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
