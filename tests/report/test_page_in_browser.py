@@ -2,9 +2,10 @@ import shutil
 import tempfile
 import time
 
+import pandas as pd
 import pytest
 
-from normlab.report import CHARTS, headline
+from normlab.report import CHARTS, headline, write_runs
 from normlab.report.charts import colors
 
 FLAGS = [
@@ -36,19 +37,29 @@ def browser():
 def opened(browser):
     """Opens a report in a window, with or without JavaScript, and waits for its charts."""
 
-    def open_page(path, width=1100, height=900, javascript=True):
+    def open_page(path, width=1100, height=900, *, javascript=True, state="", charts=len(CHARTS)):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not javascript})
         browser.get_log("browser")
-        browser.get(path.as_uri())
-        deadline = time.monotonic() + 20
-        while javascript and len(sizes(browser, ".vega-embed .marks")) < len(CHARTS):
+        browser.get("about:blank")
+        browser.get(path.as_uri() + state)
+        deadline = time.monotonic() + 60
+        while javascript and len(sizes(browser, ".chart.drawn .marks")) < charts:
             assert time.monotonic() < deadline, browser.get_log("browser")
             time.sleep(0.05)
+        if javascript:
+            redraw(browser)
         return browser
 
     return open_page
+
+
+def redraw(browser):
+    """Draws once more, after all that is being drawn."""
+    browser.set_script_timeout(60)
+    script = "const done = arguments[0]; normlab.draw().then(() => done(null), e => done(`${e}`))"
+    assert browser.execute_async_script(script) is None
 
 
 def sizes(browser, selector):
@@ -156,4 +167,155 @@ def test_in_a_narrow_window_the_page_does_not_scroll_sideways(reported, opened, 
 
 def test_in_a_browser_a_study_with_nothing_done_has_no_error(nothing, opened):
     browser = opened(nothing[1] / "report.html")
+    assert errors(browser) == []
+
+
+def lines(browser, name="accuracy"):
+    """The colours of the lines of a chart."""
+    script = """return [...document.querySelectorAll(arguments[0])].map(
+        one => one.getAttribute("stroke"))"""
+    return browser.execute_script(script, f"#chart-{name} .mark-line.role-mark path")
+
+
+def press(browser, name, value=None):
+    """Presses a control as the keyboard does, and waits for what it changes."""
+    selector = f"#controls [name={name}]" + (f"[value='{value}']" if value else "")
+    control = browser.find_element("css selector", selector)
+    browser.execute_script("arguments[0].focus()", control)
+    control.send_keys(" ")
+    redraw(browser)
+
+
+def axis(browser, name="accuracy"):
+    script = """return [...new Set([...document.querySelectorAll(arguments[0])].map(
+        one => one.textContent))]"""
+    return browser.execute_script(script, f"#chart-{name} .role-axis-title text")
+
+
+def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
+    comparison, folder = reported
+    palette = colors(comparison)
+    browser = opened(folder / "report.html")
+    assert sorted(lines(browser)) == sorted(3 * [*palette.values()])
+    press(browser, "arm", "plain")
+    press(browser, "split", "validation")
+    shown = [color for arm, color in palette.items() if arm != "plain"]
+    assert sorted(lines(browser)) == sorted(2 * shown)
+    press(browser, "seeds")
+    assert len(lines(browser)) == 2 * 3 * (1 + 6)
+    press(browser, "metric", "loss")
+    assert sizes(browser, "#chart-loss") == [[0, 0]]
+    press(browser, "x", "steps")
+    assert sorted(axis(browser)) == ["accuracy", "step"]
+    press(browser, "x", "seconds")
+    assert sorted(axis(browser))[1].startswith("seconds (")
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_address_keeps_what_was_chosen(reported, opened):
+    _, folder = reported
+    browser = opened(folder / "report.html")
+    before = browser.current_url
+    press(browser, "arm", "plain")
+    press(browser, "log-x")
+    address = browser.current_url
+    assert address != before
+    drawn = lines(browser), axis(browser), ticks(browser)
+    opened(folder / "report.html", state="#" + address.partition("#")[2])
+    assert (lines(browser), axis(browser), ticks(browser)) == drawn
+    browser.find_element("css selector", "#controls button[type=reset]").click()
+    wait_for(lambda: browser.current_url, before)
+    redraw(browser)
+    assert len(lines(browser)) == 3 * 4
+    assert ticks(browser) != drawn[2]
+
+
+def ticks(browser):
+    """Where the ticks of the axes are."""
+    script = """return [...document.querySelectorAll("#chart-accuracy .role-axis-tick line")].map(
+        one => one.getAttribute("transform"))"""
+    return browser.execute_script(script)
+
+
+def test_in_a_browser_a_page_takes_a_new_state_and_keeps_its_controls(nothing, reported, opened):
+    state = "#arm=batch&split=test&metric=accuracy&x=steps"
+    browser = opened(nothing[1] / "report.html", state=state, charts=2)
+    new = (reported[1] / "report.html").read_text("utf-8")
+    script = """const page = new DOMParser().parseFromString(arguments[0], "text/html");
+        for (const id of ["report", "data"]) {
+          document.getElementById(id).replaceChildren(...page.getElementById(id).childNodes);
+        }"""
+    browser.execute_script(script, new)
+    redraw(browser)
+    assert lines(browser) == [colors(reported[0])["batch"]]
+    assert sorted(axis(browser)) == ["accuracy", "step"]
+    press(browser, "arm", "layer")
+    assert len(lines(browser)) == 2
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_data_can_be_saved(reported, opened, tmp_path):
+    comparison, folder = reported
+    browser = opened(folder / "report.html")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    for what, frame in (
+        ("measurements", comparison.frame()),
+        ("replicas", comparison.replicas()),
+    ):
+        browser.find_element("css selector", f"[data-csv={what}]").click()
+        path = tmp_path / f"made-up-{what}.csv"
+        wait_for(path.exists, True)
+        saved = pd.read_csv(path)
+        assert list(saved.columns) == list(frame.columns)
+        order = [key for key in ("arm", "seed", "step", "split", "metric") if key in frame]
+        for key in ("arm", "seed", "step", "status", "value", "seconds", "final_test_loss"):
+            if key in frame:
+                ours, theirs = (one.sort_values(order)[key] for one in (saved, frame))
+                assert list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, opened, javascript):
+    browser = opened(reported[1] / "report.html", javascript=javascript)
+    script = """const style = (selector, what) =>
+        getComputedStyle(document.querySelector(selector))[what];
+        return [style("body", "backgroundColor"), style("#chart-accuracy svg", "backgroundColor"),
+                style("#chart-accuracy .role-axis-label text", "fill"),
+                style("#chart-accuracy .mark-line path[stroke='#0072b2']", "stroke")]"""
+    seen = {}
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        seen[scheme] = browser.execute_script(script)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    clear = "rgba(0, 0, 0, 0)"
+    assert seen == {
+        "light": ["rgb(255, 255, 255)", clear, "rgb(31, 41, 55)", "rgb(0, 114, 178)"],
+        "dark": ["rgb(17, 24, 39)", clear, "rgb(229, 231, 235)", "rgb(75, 163, 227)"],
+    }
+
+
+def test_in_a_browser_every_drawing_has_its_description(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    for name in CHARTS:
+        (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
+        assert drawing.get_attribute("role") == "img"
+        assert drawing.get_attribute("aria-label").startswith(CHARTS[name])
+
+
+def test_in_a_browser_runs_are_set_side_by_side_or_in_one_panel(compared, opened, tmp_path):
+    runs = [compared(seeds=2), compared(seeds=2, arms=["plain", "layer"], epochs=2)]
+    browser = opened(write_runs(runs, tmp_path), charts=2)
+    gray, blue, orange = colors(compared(arms=["plain", "batch", "layer"])).values()
+    assert sorted(lines(browser)) == sorted([gray, gray, blue, orange])
+    panels = """return [...document.querySelectorAll(
+        "#chart-accuracy .mark-group.role-scope.cell > g")].length"""
+    dashed = """return [...document.querySelectorAll("#chart-accuracy .mark-line.role-mark path")]
+        .filter(one => one.getAttribute("stroke-dasharray")).length"""
+    assert browser.execute_script(panels) == 2
+    assert browser.execute_script(dashed) == 0
+    press(browser, "together")
+    assert browser.execute_script(panels) == 1
+    assert browser.execute_script(dashed) == 2
     assert errors(browser) == []

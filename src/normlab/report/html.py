@@ -47,8 +47,8 @@ def page(title: str, description: str, main: str, data: dict[str, Any]) -> str:
         description=escape(description),
         style=_template("style.css").substitute(dark=_dark_rules()),
         main=main,
-        # "</" would end the script element.
-        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        # "<" could end the script element, or begin a comment in it.
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         # The library's stub does not know that the snippet may be left out.
         library=vl_convert.javascript_bundle(),  # type: ignore[call-arg]
         script=_text("script.js"),

@@ -111,7 +111,7 @@ def _page(comparison: Comparison, sections: Mapping[str, Mapping[str, Drawing]])
             "The study",
             f'<pre tabindex="0" aria-label="The study as TOML">{escape(study.to_toml())}</pre>',
         ),
-        section("Raw data", downloads(f"normlab export {comparison.folder} --to csv")),
+        section("Raw data", downloads()),
     ]
     text = "\n".join(filter(None, main))
     specs = {name: packed(one.spec) for name, one in _all(sections).items()}
@@ -203,7 +203,7 @@ def _swatch(color: str) -> str:
     return f'<span class="swatch" data-color="{color}" style="background:{color}"></span>'
 
 
-def downloads(command: str) -> str:
+def downloads() -> str:
     """Return buttons that save what the page carries, and the command that does without them."""
     buttons = " ".join(
         f'<button type="button" data-csv="{what}">Save {what} as CSV</button>'
@@ -211,8 +211,8 @@ def downloads(command: str) -> str:
     )
     return (
         f'<p class="downloads" hidden>{buttons}</p>'
-        "<p>Every measurement, and what each replica ended with, from the run's folder: "
-        f"<code>{escape(command)}</code></p>"
+        "<p>Every measurement, and what each replica ended with, as a command writes them from a "
+        "run's folder: <code>normlab export FOLDER --to csv</code></p>"
     )
 
 

@@ -70,7 +70,6 @@ def runs_html(comparisons: Sequence[Comparison]) -> str:
     arms = tuple(dict.fromkeys(arm for one in comparisons for arm in one.study.arms))
     drawings = draw({metric: _curves(runs, metric, palette(arms)) for metric in CURVES})
     splits = {split for one in comparisons for split in one.frame()["split"]}
-    exports = "; ".join(f"normlab export {one.folder} --to csv" for one in comparisons)
     main = [
         _answers(runs),
         section("Every run, every arm", wide(_table(runs), "Runs"), f"<p>{_NOT_JUDGED}</p>"),
@@ -81,7 +80,7 @@ def runs_html(comparisons: Sequence[Comparison]) -> str:
             figures(drawings),
         ),
         section("How they were measured", wide(_sessions(runs), "How they were measured")),
-        section("Raw data", downloads(exports)),
+        section("Raw data", downloads()),
     ]
     text = "\n".join(main)
     specs = {name: packed(one.spec) for name, one in drawings.items()}
