@@ -2,6 +2,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,26 @@ def test_report_draws_again_from_the_ledger_alone(run, tmp_path, capsys):
     again = json.loads(capsys.readouterr().out)
     assert again["arms"] == Comparison(run).summary()["arms"]
     assert (tmp_path / "accuracy.svg").read_text() == (run / "accuracy.svg").read_text()
+
+
+def test_report_writes_where_it_is_told_to(run, tmp_path, capsys):
+    assert call("report", str(run), "--out", str(tmp_path / "new")) == 0
+    assert (tmp_path / "new" / "report.html").exists()
+    assert f"Report: {tmp_path / 'new' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_report_of_several_runs_is_one_page(run, tmp_path, capsys, monkeypatch):
+    other = shutil.copytree(run, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert call("report", str(run), str(other)) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"{run}:"
+    assert out.splitlines()[-1] == "Report: runs.html"
+    assert (tmp_path / "runs.html").exists()
+    assert call("report", str(run), str(other), "--json") == 0
+    runs = [summary["run"] for summary in json.loads(capsys.readouterr().out)]
+    assert runs == [str(run), str(other)]
+    assert "given 2 times" in refused(capsys, "report", str(run), str(run))
 
 
 @pytest.mark.parametrize("to", ["csv", "parquet", "tensorboard"])

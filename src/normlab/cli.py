@@ -137,18 +137,43 @@ Compare = _with_overrides()
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Draw the report of a run again, from its ledger alone."""
+    """Draw the report of a run again, from its ledger alone; of several, one page of all."""
 
-    folder: Annotated[
-        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    folders: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(
+            help="Folder of the run. Several are set side by side, each judged by itself.",
+            metavar="FOLDER ...",
+            help_behavior_hint="",
+        ),
     ]
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="Folder to write to: report.html, or runs.html of several.",
+            metavar="FOLDER",
+            help_behavior_hint="(the run's own; of several the current one)",
+        ),
+    ] = None
     json: Json = False
 
     def run(self) -> None:
         """Report and print."""
-        comparison = normlab.Comparison(self.folder)
-        comparison.report()
-        _print(comparison, self.json)
+        if not self.folders:
+            raise InputError("report: expected FOLDER of a run; see normlab report --help")
+        comparisons = [normlab.Comparison(folder) for folder in self.folders]
+        if len(comparisons) == 1:
+            path = comparisons[0].report(self.out)
+            _print(comparisons[0], self.json, path)
+            return
+        path = reports.write_runs(comparisons, self.out or Path())
+        if self.json:
+            summaries = [comparison.summary() for comparison in comparisons]
+            print(json.dumps(summaries, indent=2, allow_nan=False))
+            return
+        for comparison in comparisons:
+            print(f"{comparison.folder}:", *reports.headline(comparison), sep="\n  ")
+        print(f"Report: {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +283,7 @@ _COMMANDS = (Compare, Report, Export, Inspect, Doctor, Claims, Studies, Data, Be
 _COMMAND: Any = reduce(operator.or_, _COMMANDS)  # The union of them, which tyro reads.
 
 
-def _print(comparison: normlab.Comparison, as_json: bool) -> None:
+def _print(comparison: normlab.Comparison, as_json: bool, page: Path | None = None) -> None:
     if as_json:
         print(json.dumps(comparison.summary(), indent=2, allow_nan=False))
         return
@@ -271,7 +296,8 @@ def _print(comparison: normlab.Comparison, as_json: bool) -> None:
     console.print()
     for remark in reports.remarks(comparison):
         console.print(remark, markup=False)
-    console.print(f"Report: {comparison.folder / 'report.html'}", markup=False, soft_wrap=True)
+    page = page or comparison.folder / "report.html"
+    console.print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,11 +2,16 @@ import numpy as np
 import pytest
 
 from normlab.probes import Histogram
+from normlab.report import write
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
 from normlab.training import Measurement, Outcome, Reading
 
 STEPS_PER_EPOCH = 100
+FOUR_ARMS = {"arms": ["plain", "batch", "layer", "group:8"]}
+HOSTILE = (
+    '<script>alert(1)</script></pre></p><img src="x:" onerror="window.harmed = 1"> & "so" $title'
+)
 FINAL_ACCURACY = {"plain": 0.95, "batch": 0.97, "layer": 0.951, "group:8": 0.93}
 
 
@@ -42,6 +47,24 @@ READ = {
     },
     "covariate-shift": {"output": ["shift", "cosine"]},
 }
+
+
+@pytest.fixture(scope="session")
+def reported(compared, tmp_path_factory):
+    """A comparison of four arms, and the folder of its report."""
+    comparison = compared(description=HOSTILE, **FOUR_ARMS)
+    folder = tmp_path_factory.mktemp("report")
+    assert write(comparison, folder) == folder / "report.html"
+    return comparison, folder
+
+
+@pytest.fixture(scope="session")
+def nothing(compared, tmp_path_factory):
+    """A comparison of which nothing is measured yet, and the folder of its report."""
+    comparison = compared(missing=lambda _: True, workers=1)
+    folder = tmp_path_factory.mktemp("nothing")
+    write(comparison, folder)
+    return comparison, folder
 
 
 def write_run(

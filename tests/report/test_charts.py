@@ -4,7 +4,7 @@ from scipy import stats
 
 from normlab.errors import InputError
 from normlab.report import CHARTS, chart
-from normlab.report.charts import colors
+from normlab.report.charts import DARK, colors
 from normlab.training import Replica, Setting
 
 BATCH_SEED_2 = Replica("batch", 0.01, 2)
@@ -82,7 +82,12 @@ def test_the_curves_are_those_of_the_comparison(compared, metric):
     comparison = compared(evaluate_every=30)
     curves = comparison.curves(metric)
     names = {"train": "training", "validation": "validation", "test": "test"}
-    expected = curves.assign(split=curves["split"].map(names), epochs=curves["step"] / 100)
+    # Each replica took 3 seconds over 400 steps.
+    expected = curves.assign(
+        split=curves["split"].map(names),
+        epochs=curves["step"] / 100,
+        seconds=3.0 / 400 * curves["step"],
+    )
     assert len(expected) == 2 * 3 * 16
     assert rows(chart(comparison, metric).to_dict(), "mean") == expected.to_dict("records")
 
@@ -184,7 +189,7 @@ def test_an_arm_has_one_colour_and_no_other_arm_has_it(compared):
     for name in CHARTS:
         spec = chart(comparison, name).to_dict()
         scales = [
-            part["scale"] for part in parts(spec) if part.get("field") == "arm" and "scale" in part
+            part["color"]["scale"] for part in parts(spec) if "scale" in (part.get("color") or ())
         ]
         assert scales
         for scale in scales:
@@ -243,3 +248,57 @@ def test_a_drawing_has_lines_and_bands_in_the_arms_colours(compared):
     for color in colors(comparison).values():
         assert f'stroke="{color}"' in svg
         assert f'fill="{color}"' in svg
+
+
+def test_the_seconds_of_a_curve_are_those_of_its_own_arm_and_rate(compared):
+    comparison = compared(lr=[0.001, 0.01], seeds=2)
+    for row in comparison._replicas:
+        row["seconds"] = {"plain": 2.0, "batch": 4.0}[row["arm"]] * (1 + row["seed"])
+        row["seconds"] *= 100 if row["lr"] == 0.001 else 1
+    data = rows(chart(comparison).to_dict(), "mean")
+    ends = {row["arm"]: row["seconds"] for row in data if row["step"] == 400}
+    assert ends == pytest.approx({"plain": 3.0, "batch": 6.0})
+
+
+def test_arms_differ_in_shape_too(compared):
+    comparison = compared(arms=["plain", "batch", "layer"], seeds=2)
+    shape = layer(chart(comparison).to_dict(), "point")["shape"]
+    assert (shape["field"], shape["scale"]["domain"]) == ("arm", ["plain", "batch", "layer"])
+    assert len(set(shape["scale"]["range"])) == 3
+
+
+def test_a_chart_says_in_words_what_it_shows(compared):
+    comparison = compared(seeds=2)
+    told = {name: chart(comparison, name).to_dict()["description"] for name in CHARTS}
+    for metric, form in (("accuracy", ".2%"), ("loss", ".4f")):
+        plain, batch = (
+            format(values(comparison, arm, metric=metric).mean(), form)
+            for arm in ("plain", "batch")
+        )
+        assert told[metric] == (
+            f"{CHARTS[metric]} over epochs, at the end on test data plain {plain}, batch {batch}; "
+            "mean of 2 seeds; band: pointwise 95% t interval of the mean."
+        )
+    assert told["difference"].startswith(
+        f"{CHARTS['difference']}. batch against plain on final test accuracy: +"
+    )
+    empty = chart(compared(missing=lambda _: True)).to_dict()["description"]
+    assert empty.startswith("Accuracy over epochs, with nothing to draw yet; ")
+
+
+def contrast(one, other):
+    """The contrast ratio of WCAG 2."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in channels]
+    return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize(("light", "dark"), DARK.items())
+def test_every_colour_is_seen_on_its_page(light, dark):
+    assert contrast(light, "#ffffff") >= 3
+    assert contrast(dark, "#111827") >= 3

@@ -127,28 +127,30 @@ def test_the_html_table_is_well_formed_and_labelled(four):
     table = Table(html_table(four))
     assert table.caption == "Each arm against the baseline, over seeds"
     assert [cell.text for cell in table.head] == [
-        *("arm", "mean ± sd", "difference", "95% interval", "p (Holm)", "verdict")
+        *("arm", "mean ± sd", "difference", "95% interval", "drawn", "p (Holm)", "verdict")
     ]
     assert {cell.attributes["scope"] for cell in table.head} == {"col"}
     assert [body[0][0].text for body in table.bodies] == METRICS
     for body in table.bodies:
-        (title,), *rows = body
-        assert title.attributes == {"colspan": "6", "scope": "rowgroup"}
+        (title, axis, *empty), *rows = body
+        assert title.attributes == {"colspan": "4", "scope": "rowgroup"}
+        assert axis.attributes == {"class": "axis"}
+        assert [cell.text for cell in empty] == ["", ""]
         assert [row[0].text for row in rows] == ["plain", "batch", "layer", "group:8"]
         for row in rows:
-            assert [cell.tag for cell in row] == ["th", "td", "td", "td", "td", "td"]
+            assert [cell.tag for cell in row] == ["th", *["td"] * 6]
             assert row[0].attributes == {"scope": "row"}
 
 
 def test_the_html_table_shows_and_marks_the_verdicts(four):
     table = Table(html_table(four))
     plain, batch, layer, group = ([cell.text for cell in row] for row in table.bodies[0][1:])
-    assert plain == ["plain", "94.84% ± 0.31", "", "", "", "baseline"]
-    assert batch == ["batch", "96.87% ± 0.12", "+2.03", "+1.79 to +2.26", "< .001", "better"]
-    assert layer[2:] == ["+0.07", "−0.33 to +0.48", ".655", "inconclusive"]
+    assert plain == ["plain", "94.84% ± 0.31", "", "", "", "", "baseline"]
+    assert batch == ["batch", "96.87% ± 0.12", "+2.03", "+1.79 to +2.26", "", "< .001", "better"]
+    assert layer[2:] == ["+0.07", "−0.33 to +0.48", "", ".655", "inconclusive"]
     assert group[-1] == "worse"
     assert "<td>&lt; .001</td>" in html_table(four)
-    assert table.bodies[3][2][4].text == ".094"  # .031, as one of three comparisons.
+    assert table.bodies[3][2][5].text == ".094"  # .031, as one of three comparisons.
     marks = [row[-1].attributes["class"] for row in table.bodies[0][1:]]
     assert marks == ["baseline", "better", "inconclusive", "worse"]
 

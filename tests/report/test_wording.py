@@ -224,3 +224,8 @@ def test_an_incomplete_study_has_no_verdict_and_says_so(compared):
 )
 def test_a_duration_reads_as_people_say_it(seconds, expected):
     assert duration(seconds) == expected
+
+
+def test_before_anything_is_measured_the_answer_is_how_far_it_is(compared):
+    nothing = compared(missing=lambda _: True)
+    assert headline(nothing) == ["No measurements yet; 0 of 12 replicas done."]

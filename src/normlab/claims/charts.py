@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from normlab.report.charts import PALETTE
+from normlab.report.charts import palette
 from normlab.statistics import mean_interval
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def lines(
         mean, low, high = map(float, mean_interval(group["value"].to_numpy()))
         rows.append({by: arm, "at": at, "mean": mean, "low": low, "high": high, "n": len(group)})
     data = pd.DataFrame(rows, columns=[by, "at", "mean", "low", "high", "n"])
+    shades = palette(tuple(arms))
     color = alt.Color(
         f"{by}:N",
-        scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
+        scale=alt.Scale(domain=list(arms), range=list(shades.values())),
         legend=alt.Legend(title=None, orient="top"),
     )
     kind: Any = "log" if log_x else "symlog" if symlog_x else None
@@ -71,7 +72,7 @@ def lines(
     layers: list[alt.Chart] = [band, line]
     if expected is not None:
         rule = alt.Chart(pd.DataFrame([{"expected": expected}])).mark_rule(
-            color=PALETTE[0], strokeDash=[4, 4]
+            color=shades[arms[0]], strokeDash=[4, 4]
         )
         layers.append(rule.encode(y=alt.Y("expected:Q", scale=scale)))
     seeds = frame["seed"].nunique()
@@ -101,11 +102,12 @@ def dots(
 
     finite = frame[np.isfinite(frame["value"])]
     scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False)
+    shades = palette(tuple(arms))
     base = alt.Chart(finite).encode(
         y=alt.Y("arm:N", title=None, sort=list(arms)),
         color=alt.Color(
             "arm:N",
-            scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
+            scale=alt.Scale(domain=list(arms), range=list(shades.values())),
             legend=None,
         ),
     )

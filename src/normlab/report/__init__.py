@@ -8,7 +8,8 @@ from normlab.report.layers import LayersTable
 from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
 from normlab.report.mlflow import Mlflow
-from normlab.report.page import write
+from normlab.report.page import page_html, write
+from normlab.report.runs import runs_html, write_runs
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.tensorboard import TensorBoard
 from normlab.report.wording import headline, remarks, sentence
@@ -30,9 +31,12 @@ __all__ = [
     "headline",
     "html_table",
     "inside_charts",
+    "page_html",
     "remarks",
+    "runs_html",
     "sentence",
     "text_table",
     "write",
     "write_diagnosis",
+    "write_runs",
 ]

@@ -6,12 +6,26 @@ from typing import TYPE_CHECKING
 
 from normlab.errors import InputError
 from normlab.report.sensitivity import sensitivity_chart
+from normlab.report.wording import sentence
 from normlab.study import Comparison
 
 if TYPE_CHECKING:
-    import altair as alt
+    from collections.abc import Mapping
 
-__all__ = ["CHARTS", "PALETTE", "chart", "colors", "with_something_to_show"]
+    import altair as alt
+    import pandas as pd
+
+__all__ = [
+    "CHARTS",
+    "DARK",
+    "SPLITS",
+    "chart",
+    "colors",
+    "curve_rows",
+    "draw_curves",
+    "palette",
+    "with_something_to_show",
+]
 
 CHARTS = {
     "accuracy": "Accuracy",
@@ -21,18 +35,38 @@ CHARTS = {
 }
 """The charts that `chart` draws, with their titles."""
 
-# The baseline in grey; then Okabe and Ito's colours, which differ for every kind of colour vision.
-PALETTE = (
-    *("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7"),
-    *("#e69f00", "#56b4e9", "#8c564b", "#7f3fbf", "#b8a800"),
-)
-_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+# The baseline in grey; then Okabe and Ito's colours, which differ for every kind of colour vision,
+# three of them darker than theirs. On white each has a contrast above 3, and so has each colour for
+# a dark page there.
+DARK = {
+    "#6b7280": "#9ca3af",
+    "#0072b2": "#4ba3e3",
+    "#d55e00": "#f08a3c",
+    "#009e73": "#2fc494",
+    "#cc79a7": "#e39cc4",
+    "#b07800": "#f0c04a",
+    "#2c8fc9": "#8fd0f5",
+    "#8c564b": "#c99287",
+    "#7f3fbf": "#b58ae6",
+    "#8a7d00": "#d6c94a",
+}
+"""The colours of arms, each with the one that a dark page shows in its place."""
+
+# Colour is never the only thing that tells two arms apart.
+_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+"""The data that curves are drawn for, as people call them."""
 
 
 def colors(comparison: Comparison) -> dict[str, str]:
     """Return the colour of each arm, the same in every chart and table."""
-    arms = comparison.study.arms
-    return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
+    return palette(comparison.study.arms)
+
+
+def palette(arms: tuple[str, ...]) -> dict[str, str]:
+    """Return a colour for each arm, the baseline's first."""
+    known = tuple(DARK)
+    return {arm: known[i % len(known)] for i, arm in enumerate(arms)}
 
 
 def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
@@ -56,7 +90,7 @@ def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
     if name == "difference":
         return _differences(comparison)
     if name == "sensitivity":
-        return sensitivity_chart(comparison, _arm_color(comparison), CHARTS[name])
+        return sensitivity_chart(comparison, _arm_color(colors(comparison)), CHARTS[name])
     return _curves(comparison, name)
 
 
@@ -72,21 +106,54 @@ def with_something_to_show(comparison: Comparison) -> list[str]:
 def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
     import altair as alt
 
-    curves = comparison.curves(metric)
-    band = curves.attrs["band"]
-    kept = {(arm, *setting) for arm, setting in comparison.reported.items()}
-    curves = curves.loc[curves["split"].isin(_SPLITS)]
-    keys = zip(curves["arm"], curves["lr"], curves["weight_decay"], strict=True)
-    curves = curves.loc[[key in kept for key in keys]]
-    shown = [name for key, name in _SPLITS.items() if key in set(curves["split"])]
-    data = curves.assign(
-        split=curves["split"].map(_SPLITS),
-        epochs=curves["step"] / max(comparison.steps_per_epoch, 1),
-    )
+    data = curve_rows(comparison, metric)
     counts = sorted({data["n"].min(), data["n"].max()}) if len(data) else [0]
     n = "–".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    subtitle = [f"mean of {n}; band: {band}", *_what_is_not_in_it(comparison)]
-    epochs = comparison.study.epochs
+    subtitle = [f"mean of {n}; band: {data.attrs['band']}", *_what_is_not_in_it(comparison)]
+    ends = _ends(data, metric, comparison.study.arms)
+    shown = [name for name in SPLITS.values() if name in set(data["split"])]
+    layers = draw_curves(data, metric, colors(comparison), comparison.study.epochs)
+    return (
+        layers.properties(width=250, height=230)
+        .facet(column=alt.Column("split:N", title=None, sort=shown))
+        .properties(
+            title=alt.TitleParams(CHARTS[metric], subtitle=subtitle, anchor="start"),
+            description=f"{CHARTS[metric]} over epochs, {ends}; {subtitle[0]}.",
+        )
+    )
+
+
+def curve_rows(comparison: Comparison, metric: str) -> pd.DataFrame:
+    """Return what the curves of a metric are drawn from.
+
+    Returns:
+        `Comparison.curves`, of each arm at the setting that it is reported at, with the columns
+        `epochs`, fractions too, and `seconds` of training to that step: the mean time of a step
+        of the replicas that finished, evaluation included, times the steps.
+    """
+    curves = comparison.curves(metric)
+    kept = {(arm, *setting) for arm, setting in comparison.reported.items()}
+    curves = curves.loc[curves["split"].isin(SPLITS)]
+    keys = list(zip(curves["arm"], curves["lr"], curves["weight_decay"], strict=True))
+    curves = curves.loc[[key in kept for key in keys]]
+    done = comparison.replicas().query("status == 'done' and step > 0")
+    paces = (done["seconds"] / done["step"]).groupby(
+        [done["arm"], done["lr"], done["weight_decay"]]
+    )
+    pace = paces.mean().to_dict()
+    return curves.assign(
+        split=curves["split"].map(SPLITS),
+        epochs=curves["step"] / max(comparison.steps_per_epoch, 1),
+        seconds=[pace[key] for key in keys if key in kept] * curves["step"],
+    )
+
+
+def draw_curves(
+    data: pd.DataFrame, metric: str, palette: Mapping[str, str], epochs: int
+) -> alt.LayerChart:
+    """Draw bands, lines and points of `curve_rows`, to be set in panels."""
+    import altair as alt
+
     every = -(-epochs // 10)  # Ten labels at most, and whole epochs only.
     picked = alt.selection_point(fields=["arm"], bind="legend")
     number = ".2%" if metric == "accuracy" else ".4f"
@@ -96,7 +163,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
             title="epoch",
             axis=alt.Axis(values=list(range(every, epochs + 1, every)), format="d"),
         ),
-        color=_arm_color(comparison),
+        color=_arm_color(palette),
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.15)),
     )
     area = base.mark_area().encode(
@@ -104,7 +171,7 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
         y2="high:Q",
         opacity=alt.condition(picked, alt.value(0.2), alt.value(0.05)),
     )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=25)).encode(
+    line = base.encode(
         y=alt.Y(
             "mean:Q",
             title=metric,
@@ -124,13 +191,20 @@ def _curves(comparison: Comparison, metric: str) -> alt.TopLevelMixin:
             alt.Tooltip("diverged:Q"),
         ],
     )
-    return (
-        alt.layer(area, line)
-        .properties(width=250, height=230)
-        .facet(column=alt.Column("split:N", title=None, sort=shown))
-        .add_params(picked)
-        .properties(title=alt.TitleParams(CHARTS[metric], subtitle=subtitle, anchor="start"))
-    )
+    shape = alt.Shape("arm:N", scale=_shapes(palette), legend=_legend())
+    points = line.mark_point(filled=True, size=30).encode(shape=shape)
+    return alt.layer(area, line.mark_line(), points).add_params(picked)
+
+
+def _ends(data: pd.DataFrame, metric: str, arms: tuple[str, ...]) -> str:
+    """Return the last means in words, for those who do not see the chart."""
+    test = data.loc[data["split"] == SPLITS["test"]].sort_values("step", kind="stable")
+    last = dict(zip(test["arm"], test["mean"], strict=True))
+    if not last:
+        return "with nothing to draw yet"
+    form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
+    means = ", ".join(f"{arm} {form.format(last[arm])}" for arm in arms if arm in last)
+    return f"at the end on test data {means}"
 
 
 def _what_is_not_in_it(comparison: Comparison) -> list[str]:
@@ -180,6 +254,7 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
     margin = comparison.study.margin_accuracy * 100
     zone = pd.DataFrame([{"from": -margin, "to": margin, "zero": 0.0}])
     y = alt.Y("arm:N", title=None, sort=others)
+    color = _arm_color(colors(comparison), legend=False)
     x = alt.X("difference:Q", title=f"points of accuracy, against {baseline}")
     inside = alt.Chart(zone).mark_rect(color="#9ca3af", opacity=0.25).encode(x="from:Q", x2="to:Q")
     zero = alt.Chart(zone).mark_rule(color="#6b7280").encode(x="zero:Q")
@@ -189,11 +264,11 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
         .encode(
             x=x,
             y=y,
-            color=_arm_color(comparison, legend=False),
+            color=color,
             tooltip=["arm:N", "seed:Q", alt.Tooltip("difference:Q", format="+.2f")],
         )
     )
-    bars = alt.Chart(means).encode(y=y, color=_arm_color(comparison, legend=False))
+    bars = alt.Chart(means).encode(y=y, color=color)
     span = bars.mark_rule(strokeWidth=3, yOffset=14).encode(x=alt.X("low:Q"), x2="high:Q")
     mean = bars.mark_point(filled=True, shape="diamond", size=110, yOffset=14, opacity=1).encode(
         x="mean:Q",
@@ -212,15 +287,29 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
             f"grey: differences declared not to matter (±{margin:g})",
             anchor="start",
         ),
+        description=f"{CHARTS['difference']}. "
+        + " ".join(sentence(one) for one in comparison.verdicts if one.metric.name == metric.name),
     )
 
 
-def _arm_color(comparison: Comparison, *, legend: bool = True) -> alt.Color:
+def _arm_color(palette: Mapping[str, str], *, legend: bool = True) -> alt.Color:
     import altair as alt
 
-    palette = colors(comparison)
     return alt.Color(
         "arm:N",
         scale=alt.Scale(domain=list(palette), range=list(palette.values())),
-        legend=alt.Legend(title=None, orient="top", symbolOpacity=1) if legend else None,
+        legend=_legend() if legend else None,
     )
+
+
+def _shapes(palette: Mapping[str, str]) -> alt.Scale:
+    import altair as alt
+
+    shapes = [_SHAPES[i % len(_SHAPES)] for i in range(len(palette))]
+    return alt.Scale(domain=list(palette), range=shapes)
+
+
+def _legend() -> alt.Legend:
+    import altair as alt
+
+    return alt.Legend(title=None, orient="top", symbolOpacity=1)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from normlab.doctor import Diagnosis, Finding
 from normlab.errors import NormlabError
 from normlab.files import replace
+from normlab.report.drawing import draw, figures, packed
+from normlab.report.html import page, section, wide
 
 if TYPE_CHECKING:
     import altair as alt
@@ -33,7 +32,11 @@ def diagnosis_chart(diagnosis: Diagnosis) -> alt.TopLevelMixin:
     panels: list[Any] = [
         panel for panel in (_drift(layers), _gamma(layers), _units(diagnosis)) if panel
     ]
-    return alt.vconcat(*panels).properties(title=alt.TitleParams(diagnosis.summary, anchor="start"))
+    return (
+        alt.vconcat(*panels)
+        .resolve_scale(color="independent")
+        .properties(title=alt.TitleParams(diagnosis.summary, anchor="start"))
+    )
 
 
 def _drift(layers: pd.DataFrame) -> alt.Chart | None:
@@ -134,27 +137,30 @@ def write_diagnosis(diagnosis: Diagnosis, path: Path) -> Path:
     Raises:
         NormlabError: It cannot be written.
     """
-    import vl_convert
-
-    spec = diagnosis_chart(diagnosis).to_dict()
-    template = Template((resources.files(__package__) / "doctor.html").read_text("utf-8"))
-    page = template.substitute(
-        summary=escape(diagnosis.summary),
-        findings=findings_html(diagnosis) or "<p>Nothing was found.</p>",
-        missing=_missing_html(diagnosis),
-        figure=vl_convert.vegalite_to_svg(spec),
-        layers=_layers_html(diagnosis),
-        # The library's stub does not know that the snippet may be left out.
-        library=vl_convert.javascript_bundle(),  # type: ignore[call-arg]
-        # "</" would end the script element.
-        spec=json.dumps(spec).replace("</", "<\\/"),
+    drawings = draw({"diagnosis": diagnosis_chart(diagnosis)})
+    main = [
+        section("Findings", findings_html(diagnosis) or "<p>Nothing was found.</p>"),
+        section(
+            "Layer by layer", figures(drawings), wide(_layers_html(diagnosis), "Layers"), _GLOSS
+        ),
+        section("Not measured, and what it would need", _missing_html(diagnosis)),
+    ]
+    specs = {name: packed(one.spec) for name, one in drawings.items()}
+    contents = page(
+        "Diagnosis", diagnosis.summary, "\n".join(main), {"name": "normlab", "specs": specs}
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, page)
+        replace(path, contents)
     except OSError as error:
         raise NormlabError(f"{path}: the report cannot be written: {error.strerror}") from None
     return path
+
+
+_GLOSS = """\
+<p class="gloss">m_eff is how many independent values a batch is worth. Mean off and variance off
+are 95th percentiles over channels: of |running mean − mean| in deviations, and of
+|ln(running variance / variance)|.</p>"""
 
 
 def findings_html(diagnosis: Diagnosis) -> str:
@@ -169,12 +175,14 @@ def _section(first: Finding, group: list[Finding]) -> str:
         "</tr>"
         for each in group
     )
+    headings = ("layer", "measured", "value", "threshold")
+    columns = "".join(f'<th scope="col">{each}</th>' for each in headings)
+    head = f"<thead><tr>{columns}</tr></thead>"
     return (
         f'<section class="{escape(first.weight)}"><h3>{escape(first.weight)}: '
         f"{escape(first.signal)}</h3><p>{escape(first.why)}.</p>"
-        f'<div class="wide"><table><thead><tr><th scope="col">layer</th><th scope="col">measured'
-        '</th><th scope="col">value</th><th scope="col">threshold</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div><pre>{escape(_fixes(group))}</pre>"
+        + wide(f"<table>{head}<tbody>{rows}</tbody></table>", first.signal)
+        + f'<pre tabindex="0" aria-label="What to do">{escape(_fixes(group))}</pre>'
         f'<p class="description">{escape(first.source)}</p></section>'
     )
 
@@ -188,7 +196,9 @@ def _missing_html(diagnosis: Diagnosis) -> str:
         f'<tr><th scope="row">{escape(signal)}</th><td>{escape(needed)}</td></tr>'
         for signal, needed in diagnosis.not_measured.items()
     )
-    return f"<table><tbody>{rows}</tbody></table>" if rows else "<p>Everything was measured.</p>"
+    if not rows:
+        return "<p>Everything was measured.</p>"
+    return wide(f'<table class="details"><tbody>{rows}</tbody></table>', "Not measured")
 
 
 def _layers_html(diagnosis: Diagnosis) -> str:

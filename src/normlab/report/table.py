@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from normlab.report.intervals import Scale
 from normlab.report.wording import difference, interval, mean_and_sd, word
 from normlab.study import Comparison, Verdict
 
@@ -163,20 +164,31 @@ def text_table(comparison: Comparison, width: int = 110) -> str:
 
 
 def html_table(comparison: Comparison) -> str:
-    """Return the table as HTML, with a row header for each metric."""
+    """Return the table as HTML, with a row header for each metric and the intervals drawn."""
+    headings = [*_headings(comparison)]
+    headings.insert(4, "drawn")
+    verdicts = {(one.metric.name, one.arm): one for one in comparison.verdicts}
     lines = [
         "<table>",
         "<caption>Each arm against the baseline, over seeds</caption>",
         "<thead><tr>",
     ]
-    lines += [f'<th scope="col">{escape(heading)}</th>' for heading in _headings(comparison)]
+    lines += [f'<th scope="col">{escape(heading)}</th>' for heading in headings]
     lines.append("</tr></thead>")
-    for metric, group in groupby(_rows(comparison), key=lambda row: row.metric):
-        lines.append(f'<tbody><tr><th colspan="6" scope="rowgroup">{escape(metric)}</th></tr>')
+    groups = groupby(_rows(comparison), key=lambda row: row.metric)
+    for metric, (label, group) in zip(comparison.metrics, groups, strict=True):
+        scale = Scale.of(one for one in comparison.verdicts if one.metric.name == metric.name)
+        axis = scale.axis() if scale else ""
+        lines.append(
+            f'<tbody><tr><th colspan="4" scope="rowgroup">{escape(label)}</th>'
+            f'<td class="axis">{axis}</td><td></td><td></td></tr>'
+        )
         for row in group:
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[2:6])
+            cells = [f"<td>{escape(cell)}</td>" for cell in row[2:6]]
+            one = verdicts.get((metric.name, row.arm))
+            cells.insert(3, f"<td>{scale.row(one) if scale and one else ''}</td>")
             lines.append(
-                f'<tr><th scope="row">{escape(row.arm)}</th>{cells}'
+                f'<tr><th scope="row">{escape(row.arm)}</th>{"".join(cells)}'
                 f'<td class="{row.verdict.split()[0]}">{escape(row.verdict)}</td></tr>'
             )
         lines.append("</tbody>")

@@ -74,6 +74,9 @@ def sentence(verdict: Verdict) -> str:
 
 def headline(comparison: Comparison) -> list[str]:
     """Return the answer: one sentence for each arm, on the first metric."""
+    if comparison.frame().empty:
+        done, all_ = len(comparison.replicas()), len(comparison.study.replicas)
+        return [f"No measurements yet; {done} of {all_} replicas done."]
     first = comparison.metrics[0].name
     sentences = [sentence(one) for one in comparison.verdicts if one.metric.name == first]
     if not sentences:

@@ -1,0 +1,317 @@
+import shutil
+import tempfile
+import time
+
+import pandas as pd
+import pytest
+
+from normlab.report import CHARTS, headline, write_runs
+from normlab.report.charts import colors
+
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    for program in ("chromium", "chromedriver"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+        yield driver
+        driver.quit()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a report in a window, with or without JavaScript, and waits for its charts."""
+
+    def open_page(path, width=1100, height=900, *, javascript=True, state=""):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not javascript})
+        browser.get_log("browser")
+        browser.get("about:blank")
+        browser.get(path.as_uri() + state)
+        if javascript:
+            redraw(browser)
+        return browser
+
+    return open_page
+
+
+def redraw(browser):
+    """Draws once more, after all that is being drawn."""
+    browser.set_script_timeout(60)
+    script = "const done = arguments[0]; normlab.draw().then(() => done(null), e => done(`${e}`))"
+    assert browser.execute_async_script(script) is None
+
+
+def sizes(browser, selector):
+    script = """return [...document.querySelectorAll(arguments[0])].map(
+        one => [one.getBoundingClientRect().width, one.getBoundingClientRect().height])"""
+    return browser.execute_script(script, selector)
+
+
+def errors(browser):
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_in_a_browser_every_chart_is_drawn_without_an_error_or_a_request(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    for name in CHARTS:
+        ((width, height),) = sizes(browser, f"#chart-{name}.vega-embed .marks")
+        assert width > 500
+        assert height > 100
+    entries = "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    requested = browser.execute_script(entries)
+    assert [url for url in requested if not url.startswith(("data:", "blob:", "file:"))] == []
+    assert errors(browser) == []
+    assert browser.execute_script("return window.harmed") is None
+
+
+def test_in_a_browser_the_answer_is_seen_first(reported, opened):
+    comparison, folder = reported
+    browser = opened(folder / "report.html")
+    answer = browser.find_element("css selector", ".answer")
+    assert answer.is_displayed()
+    assert answer.text.splitlines() == headline(comparison)
+    assert answer.rect["y"] + answer.rect["height"] < 450
+    table = browser.find_element("css selector", "table")
+    assert answer.rect["y"] + answer.rect["height"] < table.rect["y"]
+
+
+def test_in_a_browser_without_javascript_the_drawings_are_seen(reported, opened):
+    browser = opened(reported[1] / "report.html", javascript=False)
+    assert sizes(browser, ".vega-embed") == []
+    for name in CHARTS:
+        ((width, height),) = sizes(browser, f"#chart-{name} > svg")
+        assert width > 500
+        assert height > 100
+        drawing = browser.find_element("css selector", f"#chart-{name} > svg")
+        assert drawing.is_displayed()
+        assert CHARTS[name] in drawing.text
+
+
+def mouse(browser, element, *, click):
+    script = """arguments[0].scrollIntoView({block: "center"});
+        const box = arguments[0].getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2]"""
+    x, y = browser.execute_script(script, element)
+    event = {"x": x, "y": y, "button": "left", "clickCount": 1}
+    for kind in ("mouseMoved", *(("mousePressed", "mouseReleased") if click else ())):
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": kind, **event})
+
+
+def opacities(browser, name, color):
+    script = """return [...document.querySelectorAll(arguments[0])].map(
+        one => Number(one.getAttribute("stroke-opacity") ?? one.getAttribute("opacity") ?? 1))"""
+    return browser.execute_script(script, f"#chart-{name} .mark-line path[stroke='{color}']")
+
+
+def wait_for(seen, expected):
+    deadline = time.monotonic() + 5
+    while seen() != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert seen() == expected
+
+
+def test_in_a_browser_a_click_on_the_legend_picks_an_arm(reported, opened):
+    comparison, folder = reported
+    palette = colors(comparison)
+    browser = opened(folder / "report.html")
+    for name in ("accuracy", "loss"):
+        labels = browser.find_elements("css selector", f"#chart-{name} .role-legend-label text")
+        assert [label.text for label in labels] == list(palette)
+        mouse(browser, labels[1], click=True)
+        for arm, color in palette.items():
+            expected = [1 if arm == "batch" else 0.15] * 3
+            wait_for(lambda c=color, n=name: opacities(browser, n, c), expected)
+    assert errors(browser) == []
+
+
+def test_in_a_browser_a_point_tells_its_numbers(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    point = browser.find_element("css selector", "#chart-accuracy .mark-symbol.role-mark path")
+    mouse(browser, point, click=False)
+    wait_for(lambda: len(sizes(browser, "#vg-tooltip-element.visible")), 1)
+    tooltip = browser.find_element("css selector", "#vg-tooltip-element").text
+    for expected in ("arm", "mean", "low", "high", "seeds", "diverged", "%"):
+        assert expected in tooltip
+    assert errors(browser) == []
+
+
+@pytest.mark.parametrize(("width", "javascript"), [(390, True), (390, False), (320, True)])
+def test_in_a_narrow_window_the_page_does_not_scroll_sideways(reported, opened, width, javascript):
+    browser = opened(reported[1] / "report.html", width=width, javascript=javascript)
+    script = "const root = document.documentElement; return [root.scrollWidth, root.clientWidth]"
+    scrolled, client = browser.execute_script(script)
+    assert client == width
+    assert scrolled <= client
+
+
+def test_in_a_browser_a_study_with_nothing_done_has_no_error(nothing, opened):
+    browser = opened(nothing[1] / "report.html")
+    assert errors(browser) == []
+
+
+def lines(browser, name="accuracy"):
+    """The colours of the lines of a chart."""
+    script = """return [...document.querySelectorAll(arguments[0])].map(
+        one => one.getAttribute("stroke"))"""
+    return browser.execute_script(script, f"#chart-{name} .mark-line.role-mark path")
+
+
+def press(browser, name, value=None):
+    """Presses a control as the keyboard does, and waits for what it changes."""
+    selector = f"#controls [name={name}]" + (f"[value='{value}']" if value else "")
+    control = browser.find_element("css selector", selector)
+    browser.execute_script("arguments[0].focus()", control)
+    control.send_keys(" ")
+    redraw(browser)
+
+
+def axis(browser, name="accuracy"):
+    script = """return [...new Set([...document.querySelectorAll(arguments[0])].map(
+        one => one.textContent))]"""
+    return browser.execute_script(script, f"#chart-{name} .role-axis-title text")
+
+
+def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
+    comparison, folder = reported
+    palette = colors(comparison)
+    browser = opened(folder / "report.html")
+    assert sorted(lines(browser)) == sorted(3 * [*palette.values()])
+    press(browser, "arm", "plain")
+    press(browser, "split", "validation")
+    shown = [color for arm, color in palette.items() if arm != "plain"]
+    assert sorted(lines(browser)) == sorted(2 * shown)
+    press(browser, "seeds")
+    assert len(lines(browser)) == 2 * 3 * (1 + 6)
+    press(browser, "metric", "loss")
+    assert sizes(browser, "#chart-loss") == [[0, 0]]
+    press(browser, "x", "steps")
+    assert sorted(axis(browser)) == ["accuracy", "step"]
+    press(browser, "x", "seconds")
+    assert sorted(axis(browser))[1].startswith("seconds (")
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_address_keeps_what_was_chosen(reported, opened):
+    _, folder = reported
+    browser = opened(folder / "report.html")
+    before = browser.current_url
+    press(browser, "arm", "plain")
+    press(browser, "log-x")
+    address = browser.current_url
+    assert address != before
+    drawn = lines(browser), axis(browser), ticks(browser)
+    opened(folder / "report.html", state="#" + address.partition("#")[2])
+    assert (lines(browser), axis(browser), ticks(browser)) == drawn
+    browser.find_element("css selector", "#controls button[type=reset]").click()
+    wait_for(lambda: browser.current_url, before)
+    redraw(browser)
+    assert len(lines(browser)) == 3 * 4
+    assert ticks(browser) != drawn[2]
+
+
+def ticks(browser):
+    """Where the ticks of the axes are."""
+    script = """return [...document.querySelectorAll("#chart-accuracy .role-axis-tick line")].map(
+        one => one.getAttribute("transform"))"""
+    return browser.execute_script(script)
+
+
+def test_in_a_browser_a_page_takes_a_new_state_and_keeps_its_controls(nothing, reported, opened):
+    state = "#arm=batch&split=test&metric=accuracy&x=steps"
+    browser = opened(nothing[1] / "report.html", state=state)
+    new = (reported[1] / "report.html").read_text("utf-8")
+    script = """const page = new DOMParser().parseFromString(arguments[0], "text/html");
+        for (const id of ["report", "data"]) {
+          document.getElementById(id).replaceChildren(...page.getElementById(id).childNodes);
+        }"""
+    browser.execute_script(script, new)
+    redraw(browser)
+    assert lines(browser) == [colors(reported[0])["batch"]]
+    assert sorted(axis(browser)) == ["accuracy", "step"]
+    press(browser, "arm", "layer")
+    assert len(lines(browser)) == 2
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_data_can_be_saved(reported, opened, tmp_path):
+    comparison, folder = reported
+    browser = opened(folder / "report.html")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    for what, frame in (
+        ("measurements", comparison.frame()),
+        ("replicas", comparison.replicas()),
+    ):
+        browser.find_element("css selector", f"[data-csv={what}]").click()
+        path = tmp_path / f"made-up-{what}.csv"
+        wait_for(path.exists, True)
+        saved = pd.read_csv(path)
+        assert list(saved.columns) == list(frame.columns)
+        order = [key for key in ("arm", "seed", "step", "split", "metric") if key in frame]
+        for key in ("arm", "seed", "step", "status", "value", "seconds", "final_test_loss"):
+            if key in frame:
+                ours, theirs = (one.sort_values(order)[key] for one in (saved, frame))
+                assert list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, opened, javascript):
+    browser = opened(reported[1] / "report.html", javascript=javascript)
+    script = """const style = (selector, what) =>
+        getComputedStyle(document.querySelector(selector))[what];
+        return [style("body", "backgroundColor"), style("#chart-accuracy svg", "backgroundColor"),
+                style("#chart-accuracy .role-axis-label text", "fill"),
+                style("#chart-accuracy .mark-line path[stroke='#0072b2']", "stroke")]"""
+    seen = {}
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        seen[scheme] = browser.execute_script(script)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    clear = "rgba(0, 0, 0, 0)"
+    assert seen == {
+        "light": ["rgb(255, 255, 255)", clear, "rgb(31, 41, 55)", "rgb(0, 114, 178)"],
+        "dark": ["rgb(17, 24, 39)", clear, "rgb(229, 231, 235)", "rgb(75, 163, 227)"],
+    }
+
+
+def test_in_a_browser_every_drawing_has_its_description(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    for name in CHARTS:
+        (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
+        assert drawing.get_attribute("role") == "img"
+        assert drawing.get_attribute("aria-label").startswith(CHARTS[name])
+
+
+def test_in_a_browser_runs_are_set_side_by_side_or_in_one_panel(compared, opened, tmp_path):
+    runs = [compared(seeds=2), compared(seeds=2, arms=["plain", "layer"], epochs=2)]
+    browser = opened(write_runs(runs, tmp_path))
+    gray, blue, orange = colors(compared(arms=["plain", "batch", "layer"])).values()
+    assert sorted(lines(browser)) == sorted([gray, gray, blue, orange])
+    panels = """return [...document.querySelectorAll(
+        "#chart-accuracy .mark-group.role-scope.cell > g")].length"""
+    dashes = """return [...document.querySelectorAll("#chart-accuracy .mark-line.role-mark path")]
+        .map(one => one.getAttribute("stroke-dasharray"))"""
+    assert browser.execute_script(panels) == 2
+    assert set(browser.execute_script(dashes)) == {None}
+    press(browser, "together")
+    assert browser.execute_script(panels) == 1
+    assert sorted(browser.execute_script(dashes)) == ["1,0", "1,0", "4,2", "4,2"]
+    assert errors(browser) == []
