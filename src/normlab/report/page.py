@@ -18,7 +18,7 @@ from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline, sentence
 from normlab.study import Comparison
 
-__all__ = ["write"]
+__all__ = ["page_html", "write"]
 
 
 def write(comparison: Comparison, folder: Path) -> Path:
@@ -51,6 +51,19 @@ def write(comparison: Comparison, folder: Path) -> Path:
             f"mend that, and run normlab report {comparison.folder}"
         ) from None
     return folder / "report.html"
+
+
+def page_html(comparison: Comparison) -> str:
+    """Return the report as one self-contained page, also while the study runs.
+
+    What changes with the measurements is in its elements `report` and `data`; once both have new
+    contents, `normlab.draw()` draws the charts again.
+    """
+    import vl_convert
+
+    specs = _specs(comparison)
+    pictures = {name: vl_convert.vegalite_to_svg(spec) for name, spec in specs.items()}
+    return _html(comparison, specs, pictures)
 
 
 def _html(comparison: Comparison, specs: dict[str, Any], pictures: dict[str, str]) -> str:
