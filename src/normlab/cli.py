@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -70,6 +71,10 @@ class _Compare:
             help="Tracking URI to log to while training.", metavar="URI", help_behavior_hint=""
         ),
     ] = None
+    watch: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="Serve the report while training, to a browser on this machine."),
+    ] = False
     json: Json = False
 
     def run(self) -> None:
@@ -93,6 +98,7 @@ class _Compare:
                 engine=self.engine,
                 tensorboard=self.tensorboard,
                 mlflow=self.mlflow,
+                watch=self.watch,
                 **fields,
             ),
             self.json,
@@ -146,6 +152,27 @@ class Report:
         comparison = normlab.Comparison(self.folder)
         comparison.report()
         _print(comparison, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Show the report of a run that goes on, in a browser on this machine, until it is complete."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    ]
+    port: Annotated[
+        int,
+        tyro.conf.arg(help="To listen at on 127.0.0.1.", metavar="N", help_behavior_hint="(free)"),
+    ] = 0
+    open: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="Open the page in a browser.")
+    ] = False
+
+    def run(self) -> None:
+        """Serve, and print where."""
+        say = functools.partial(print, flush=True)  # It may be read by a program that waits for it.
+        reports.watch(self.folder, self.port, browser=self.open, say=say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +333,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         with redirect_stderr(complaint):
             return tyro.cli(
                 # A union of classes is a form of type to tyro, and to the checker it is none.
-                Compare | Report | Export | Inspect | Doctor | Studies | Data | Bench,  # type: ignore[arg-type]
+                Compare | Report | Watch | Export | Inspect | Doctor | Studies | Data | Bench,  # type: ignore[arg-type]
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -322,7 +349,10 @@ def _parse(arguments: Sequence[str]) -> Any:
         words = takewhile(lambda line: not _is_rule(line), below_title)
         command = f"{arguments[0]} " * (
             arguments[0]
-            in ("compare", "report", "export", "inspect", "doctor", "studies", "data", "bench")
+            in (
+                *("compare", "report", "watch", "export", "inspect", "doctor", "studies", "data"),
+                "bench",
+            )
         )
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 

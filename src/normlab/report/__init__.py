@@ -7,9 +7,10 @@ from normlab.report.layers import LayersTable
 from normlab.report.live import Live
 from normlab.report.logs import Log, Logs
 from normlab.report.mlflow import Mlflow
-from normlab.report.page import write
+from normlab.report.page import page_html, write
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.tensorboard import TensorBoard
+from normlab.report.watching import Watch, watch
 from normlab.report.wording import headline, remarks, sentence
 
 __all__ = [
@@ -22,15 +23,18 @@ __all__ = [
     "Mlflow",
     "TensorBoard",
     "TerminalTable",
+    "Watch",
     "chart",
     "diagnosis_chart",
     "export",
     "findings_html",
     "headline",
     "html_table",
+    "page_html",
     "remarks",
     "sentence",
     "text_table",
+    "watch",
     "write",
     "write_diagnosis",
 ]
