@@ -361,15 +361,15 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, workers):
 
 
 def test_a_run_is_watched_while_it_trains(tmp_path, capsys, monkeypatch):
-    pages = []
+    pages, begin = [], reports.Live.begin
 
-    def look(done, total):
-        assert (done, total) == (0, 1)
-        address = re.search("Watch: (http.*)", capsys.readouterr().err).group(1)
+    def look(live, done, total):
+        begin(live, done, total)
+        address = re.search(r"Watch: (http\S+)", capsys.readouterr().err).group(1)
         with urlopen(address, timeout=60) as answer:
             pages.append(answer.read().decode())
 
-    monkeypatch.setattr(reports.Live, "begin", lambda _, done, total: look(done, total))
+    monkeypatch.setattr(reports.Live, "begin", look)
     monkeypatch.setattr("normlab.report.watching._Live.linger", lambda *_, **__: None)
     out = tmp_path / "run"
     arguments = ["compare", "--arms", "plain", "--seeds", "1", *TINY, "--out", str(out)]
