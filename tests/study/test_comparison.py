@@ -168,6 +168,9 @@ def test_a_study_with_nothing_done_yet_can_be_read(tmp_path):
     comparison = keep(tmp_path, BASE, rising, missing=BASE.replicas)
     assert len(comparison.frame()) == len(comparison.curves()) == len(comparison.outcomes()) == 0
     assert {one.verdict for one in comparison.verdicts} == {None}
+    assert comparison.verdicts[0].reason.endswith(
+        "0 of 12 replicas are done, and no seed yet in every arm"
+    )
     json.dumps(comparison.summary(), allow_nan=False)
 
 
