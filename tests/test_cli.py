@@ -4,13 +4,17 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from urllib.request import urlopen
 
 import pytest
 
 from normlab import __version__
+from normlab import report as reports
 from normlab.cli import main
 from normlab.study import Comparison, Study
 from normlab.study.declaration import FOR_PEOPLE
@@ -378,6 +382,69 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, workers):
     last = err.splitlines()[-1]
     assert last.startswith("normlab: interrupted; what was measured is kept: run the same command")
     assert 3 <= Comparison(tmp_path / "run").frame()["seed"].nunique() * 2 <= 80
+
+
+def test_a_run_is_watched_while_it_trains(tmp_path, capsys, monkeypatch):
+    pages, begin = [], reports.Live.begin
+
+    def look(live, done, total):
+        begin(live, done, total)
+        address = re.search(r"Watch: (http\S+)", capsys.readouterr().err).group(1)
+        with urlopen(address, timeout=60) as answer:
+            pages.append(answer.read().decode())
+
+    monkeypatch.setattr(reports.Live, "begin", look)
+    monkeypatch.setattr("normlab.report.watching._Live.linger", lambda *_, **__: None)
+    out = tmp_path / "run"
+    arguments = ["compare", "--arms", "plain", "--seeds", "1", *TINY, "--out", str(out)]
+    assert call(*arguments, "--watch", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    assert "0 of 1 replicas are done" in pages[0]
+    for part in ('<main id="report">', '<script type="application/json" id="data">', "draw"):
+        assert part in pages[0]
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith("ledger")) == [
+        *("ledger.lock", "ledger.sqlite")
+    ]
+
+
+def test_a_run_is_watched_from_outside_until_ctrl_c(run, tmp_path):
+    """What is watched is a copy of a finished run, of which a replica is taken away."""
+    shutil.copy(run / "ledger.sqlite", tmp_path)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("DELETE FROM replica WHERE arm = 'batch'")
+    connection.close()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = start("watch", str(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    line = process.stdout.readline()
+    address = re.fullmatch(r"Watch: (http://127\.0\.0\.1:\d+/[\w-]+/)\n", line).group(1)
+    with urlopen(f"{address}version", timeout=60) as answer:
+        assert answer.read().startswith(b"idle ")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+def test_a_complete_run_is_not_watched(run, capsys):
+    assert call("watch", str(run)) == 0
+    said = f"The study is complete. Report: {run / 'report.html'}\n"
+    assert capsys.readouterr().out == said
+
+
+def test_what_cannot_be_watched_is_refused(run, tmp_path, capsys):
+    absent = str(tmp_path / "absent")
+    assert refused(capsys, "watch", absent).endswith("is not there: expected the folder of a run")
+    shutil.copy(run / "ledger.sqlite", tmp_path)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("DELETE FROM replica")
+    connection.close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refused(capsys, "watch", str(tmp_path), "--port", port)
+    assert f"port {port} of 127.0.0.1 cannot be listened at (Address already in use)" in line
+    assert "expected a number from 1" in refused(capsys, "watch", str(tmp_path), "--port", "70000")
 
 
 def test_a_reader_that_goes_away_is_no_error(run):

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from functools import reduce
+from functools import partial, reduce
 from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,6 +73,10 @@ class _Compare:
             help="Tracking URI to log to while training.", metavar="URI", help_behavior_hint=""
         ),
     ] = None
+    watch: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="Serve the report while training, to a browser on this machine."),
+    ] = False
     json: Json = False
 
     def run(self) -> None:
@@ -96,6 +100,7 @@ class _Compare:
                 engine=self.engine,
                 tensorboard=self.tensorboard,
                 mlflow=self.mlflow,
+                watch=self.watch,
                 **fields,
             ),
             self.json,
@@ -174,6 +179,27 @@ class Report:
         for comparison in comparisons:
             print(f"{comparison.folder}:", *reports.headline(comparison), sep="\n  ")
         print(f"Report: {path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Show the report of a run that goes on, in a browser on this machine, until it is complete."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the run.", metavar="FOLDER")
+    ]
+    port: Annotated[
+        int,
+        tyro.conf.arg(help="To listen at on 127.0.0.1.", metavar="N", help_behavior_hint="(free)"),
+    ] = 0
+    open: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="Open the page in a browser.")
+    ] = False
+
+    def run(self) -> None:
+        """Serve, and print where."""
+        say = partial(print, flush=True)  # It may be read by a program that waits for it.
+        reports.watch(self.folder, self.port, browser=self.open, say=say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +305,7 @@ class Bench:
         print(json.dumps(benchmark.to_json(), indent=2) if self.json else benchmark)
 
 
-_COMMANDS = (Compare, Report, Export, Inspect, Doctor, Claims, Studies, Data, Bench)
+_COMMANDS = (Compare, Report, Watch, Export, Inspect, Doctor, Claims, Studies, Data, Bench)
 _COMMAND: Any = reduce(operator.or_, _COMMANDS)  # The union of them, which tyro reads.
 
 

@@ -81,6 +81,7 @@ def compare(
     as_published: bool = False,
     tensorboard: bool = False,
     mlflow: str | None = None,
+    watch: bool = False,
     **fields: Any,
 ) -> Comparison:
     """Compare the arms of a study: train what its ledger lacks, and say what came of it.
@@ -100,6 +101,8 @@ def compare(
         as_published: Do as the text that the study is of did: its splits, its one seed.
         tensorboard: Write event files to `tensorboard` in the run's folder, while it trains.
         mlflow: A tracking URI at which MLflow is to keep the run, while it trains.
+        watch: Serve the report while it trains, to a browser on this machine; the address is
+            written to standard error.
         **fields: Fields of the study that get another value, such as `seeds=5` or `epochs=2`.
 
     Returns:
@@ -126,13 +129,13 @@ def compare(
         logs.append(reports.Mlflow(mlflow))
     # Before the display of the run begins: a fetch shows a bar of its own.
     load(declared.dataset, progress=progress)
-    with (
-        reports.Live(declared) if progress else nullcontext() as live,
-        reports.Logs(folder, logs, live) as watcher,
-    ):
-        studies.run(declared, folder, workers=workers, engine=engine, watcher=watcher)
-    comparison = Comparison(folder)
-    comparison.report()
+    live = reports.Live(declared) if progress else None
+    page = reports.Watch(folder, live) if watch else None
+    with page or nullcontext():
+        with live or nullcontext(), reports.Logs(folder, logs, page or live) as watcher:
+            studies.run(declared, folder, workers=workers, engine=engine, watcher=watcher)
+        comparison = Comparison(folder)
+        comparison.report()
     return comparison
 
 

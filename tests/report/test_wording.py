@@ -204,7 +204,16 @@ def test_where_nothing_is_known_there_are_no_remarks(compared):
 def test_an_incomplete_study_has_no_verdict_and_says_so(compared):
     (text,) = headline(compared(missing=lambda replica: replica.seed == 5))
     assert text.startswith("batch against plain on final test accuracy: +1.98 points")
-    assert text.endswith("no verdict before the study is complete: 10 of 12 replicas are done.")
+    assert text.endswith(
+        "no verdict before the study is complete: 10 of 12 replicas are done, and 5 of 6 seeds in "
+        "every arm, on which the numbers rest."
+    )
+
+
+def test_one_arm_that_is_not_done_says_how_far_it_is(compared):
+    one = compared(arms=["plain"], missing=lambda replica: replica.seed > 3)
+    assert headline(one)[1:] == ["4 of 6 replicas are done."]
+    assert len(headline(compared(arms=["plain"]))) == 1
 
 
 @pytest.mark.parametrize(

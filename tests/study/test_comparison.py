@@ -156,7 +156,10 @@ def test_an_unfinished_study_gets_no_verdict(tmp_path):
     assert not comparison.complete
     for one in comparison.verdicts:
         assert one.verdict is None
-        assert one.reason == "no verdict before the study is complete: 11 of 12 replicas are done"
+        assert one.reason == (
+            "no verdict before the study is complete: 11 of 12 replicas are done, and 5 of 6 seeds "
+            "in every arm, on which the numbers rest"
+        )
         assert (one.p, one.p_holm, one.p_sign_flip, one.p_equivalence) == (None,) * 4
     assert by_name(comparison, "final_test_accuracy").n == 5
 
@@ -165,6 +168,9 @@ def test_a_study_with_nothing_done_yet_can_be_read(tmp_path):
     comparison = keep(tmp_path, BASE, rising, missing=BASE.replicas)
     assert len(comparison.frame()) == len(comparison.curves()) == len(comparison.outcomes()) == 0
     assert {one.verdict for one in comparison.verdicts} == {None}
+    assert comparison.verdicts[0].reason.endswith(
+        "0 of 12 replicas are done, and no seed yet in every arm"
+    )
     json.dumps(comparison.summary(), allow_nan=False)
 
 

@@ -1,4 +1,7 @@
+import fcntl
 import sqlite3
+import threading
+import time
 from datetime import datetime
 
 import pytest
@@ -116,6 +119,70 @@ def test_measurements_can_be_read_while_a_run_adds_to_them(tmp_path):
         ledger.begin_session(workers=1)
         ledger.add(Measurement(FIRST, 10, 1, VALUES), seconds=1.0)
         assert len(read(tmp_path, "measurement")) == 2
+
+
+def test_reading_changes_nothing_in_the_folder(tmp_path):
+    def contents():
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    fill(tmp_path, Measurement(FIRST, 10, 1, VALUES))
+    before = contents()
+    assert len(read(tmp_path, "measurement")) == 2
+    assert not Ledger.in_use(tmp_path)
+    assert contents() == before
+
+
+def test_a_ledger_that_is_written_to_as_it_is_read_is_not_taken_for_whole(tmp_path):
+    fill(tmp_path)
+    with (
+        pytest.raises(LedgerError, match="was written to while it was read: read it again"),
+        Ledger.read(tmp_path),
+    ):
+        fill(tmp_path, Measurement(FIRST, 10, 1, VALUES))
+
+
+def test_the_file_alone_is_the_ledger_though_a_reader_is_late(tmp_path):
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        ledger.add(Measurement(FIRST, 10, 1, VALUES), seconds=1.0)
+        reader = sqlite3.connect(tmp_path / FILENAME)
+        assert reader.execute("SELECT count(*) FROM measurement").fetchone() == (2,)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / FILENAME).write_bytes((tmp_path / FILENAME).read_bytes())
+    reader.close()
+    assert len(read(tmp_path / "copy", "measurement")) == 2
+
+
+def test_the_stamp_changes_with_what_is_written_and_not_with_what_is_read(tmp_path):
+    assert Ledger.stamp(tmp_path) == ""
+    stamps = []
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        stamps.append(Ledger.stamp(tmp_path))
+        for step in range(3):
+            # Clocks of file systems tick every few milliseconds.
+            time.sleep(0.02)
+            ledger.add(Measurement(FIRST, step, 1, VALUES), seconds=1.0)
+            stamps.append(Ledger.stamp(tmp_path))
+            read(tmp_path, "measurement")
+            assert Ledger.stamp(tmp_path) == stamps[-1]
+    assert len({*stamps, Ledger.stamp(tmp_path)}) == 5
+
+
+def test_a_ledger_is_in_use_as_long_as_it_can_be_written_to(tmp_path):
+    assert not Ledger.in_use(tmp_path)
+    with Ledger.write(tmp_path, STUDY):
+        assert Ledger.in_use(tmp_path)
+    assert not Ledger.in_use(tmp_path)
+
+
+def test_a_run_waits_for_who_asks_whether_it_is_in_use(tmp_path):
+    (tmp_path / "ledger.lock").touch()
+    with (tmp_path / "ledger.lock").open() as asker:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+        threading.Timer(0.03, asker.close).start()
+        fill(tmp_path)
+    assert len(read(tmp_path, "session")) == 1
 
 
 def test_a_study_of_other_data_is_refused_and_left_alone(tmp_path):

@@ -12,6 +12,7 @@ from normlab.report.page import page_html, write
 from normlab.report.runs import runs_html, write_runs
 from normlab.report.table import TerminalTable, html_table, text_table
 from normlab.report.tensorboard import TensorBoard
+from normlab.report.watching import Watch, watch
 from normlab.report.wording import headline, remarks, sentence
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Mlflow",
     "TensorBoard",
     "TerminalTable",
+    "Watch",
     "chart",
     "diagnosis_chart",
     "export",
@@ -36,6 +38,7 @@ __all__ = [
     "runs_html",
     "sentence",
     "text_table",
+    "watch",
     "write",
     "write_diagnosis",
     "write_runs",

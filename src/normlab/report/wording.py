@@ -80,7 +80,11 @@ def headline(comparison: Comparison) -> list[str]:
     first = comparison.metrics[0].name
     sentences = [sentence(one) for one in comparison.verdicts if one.metric.name == first]
     if not sentences:
-        return [f"{comparison.study.baseline} ran alone: a second arm would make a comparison."]
+        alone = [f"{comparison.study.baseline} ran alone: a second arm would make a comparison."]
+        if comparison.complete:
+            return alone
+        done, total = len(comparison.replicas()), len(comparison.study.replicas)
+        return [*alone, f"{done} of {total} replicas are done."]
     return sentences
 
 

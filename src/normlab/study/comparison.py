@@ -327,7 +327,12 @@ class Comparison:
         if self.complete:
             return verdicts
         done, total = len(self._replicas), len(self.study.replicas)
-        reason = f"no verdict before the study is complete: {done} of {total} replicas are done"
+        seeds, declared = len(self._finished_seeds()), len(self.study.seeds)
+        rest = f"{seeds} of {declared} seeds in every arm, on which the numbers rest"
+        reason = (
+            f"no verdict before the study is complete: {done} of {total} replicas are done, and "
+            f"{rest if seeds else 'no seed yet in every arm'}"
+        )
         # No p either: a test that was looked at early is no longer the test it was.
         return [
             replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from normlab.training.networks import Layer
 __all__ = ["FILENAME", "Ledger"]
 
 FILENAME = "ledger.sqlite"
+_LOG = f"{FILENAME}-wal"  # Where SQLite puts what is written before it goes into the file.
+_LOCK = "ledger.lock"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
 _VERSION = 5  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
@@ -101,9 +104,10 @@ class Ledger:
             raise InputError(f"{folder} is a file: name a folder with --out") from None
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-        lock = FileLock(folder / "ledger.lock")
+        lock = FileLock(folder / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            # Who asks whether it is in use has it for an instant.
+            lock.acquire(timeout=0.1, poll_interval=0.01)
         except Timeout:
             raise InputError(
                 f"{folder} is in use by another run: wait for it, or name another"
@@ -114,6 +118,9 @@ class Ledger:
             with cls._open(folder / FILENAME, "rwc") as ledger:
                 ledger._prepare(study, own or {})
                 yield ledger
+                # SQLite does so as the last one closes the file, and a reader may be later. The
+                # file alone is the ledger then, whatever else is left beside it.
+                ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             lock.release()
 
@@ -122,16 +129,56 @@ class Ledger:
     def read(cls, folder: Path) -> Iterator[Ledger]:
         """Open a folder's ledger to read it, also while a run adds to it.
 
+        Nothing in the folder is changed, and nothing added to it.
+
         Raises:
             InputError: There is none.
-            LedgerError: It is damaged or is no ledger.
+            LedgerError: It is damaged or is no ledger, or a run began to write as it was read.
         """
         path = folder / FILENAME
         if not path.is_file():
             raise InputError(f"{folder} holds no run: there is no {FILENAME} in it")
-        with cls._open(path, "ro") as ledger:
+        # A file without a log is at rest. SQLite would make a log and an index to read it, and
+        # leave both, unless it is told so.
+        rests, stamp = not _size_of(folder / _LOG), cls.stamp(folder)
+        with cls._open(path, "ro&immutable=1" if rests else "ro") as ledger:
             ledger._check()
             yield ledger
+        if rests and cls.stamp(folder) != stamp:
+            raise LedgerError(f"{path} was written to while it was read: read it again")
+
+    @staticmethod
+    def stamp(folder: Path) -> str:
+        """Return a text that changes with a folder's ledger.
+
+        The ledger is not opened for it: whoever has it open as a run ends keeps SQLite from
+        clearing away its log.
+        """
+        stamps = []
+        for name in (FILENAME, _LOG):
+            try:
+                found = (folder / name).stat()
+            except FileNotFoundError:
+                continue
+            stamps.append(f"{found.st_size:x}.{found.st_mtime_ns:x}")
+        return "-".join(stamps)
+
+    @staticmethod
+    def in_use(folder: Path) -> bool:
+        """Return whether a run holds a folder's ledger, to write to it."""
+        import fcntl
+
+        try:
+            file = os.open(folder / _LOCK, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)  # And with it the lock goes.
+        return False
 
     @classmethod
     @contextmanager
@@ -365,6 +412,13 @@ def _difference(held: Study, wanted: Study) -> str:
     before, now = (study.model_dump(exclude=set(FOR_PEOPLE)) for study in (held, wanted))
     field = next(field for field in before if before[field] != now[field])
     return f"its {field} is {before[field]}, not {now[field]}"
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _versions() -> dict[str, str]:
