@@ -97,6 +97,15 @@ def test_an_arm_that_diverged_everywhere_has_no_range(ended):
     )
 
 
+def test_a_baseline_that_diverged_in_a_seed_is_told(ended):
+    plain = [[None] * 4, *[CLOSED] * 5]
+    _, batch = range_sentences(ended({"plain": plain, "batch": CLOSED}))
+    assert batch.endswith(
+        "; not compared with plain's: in 0 of 6 seeds every replica of batch diverged, in 1 every "
+        "one of plain."
+    )
+
+
 def test_the_difference_has_its_interval_and_its_n(ended):
     wide, wider = [0.9, 0.95, 0.95, 0.9], [0.9, 0.95, 0.95, 0.95]
     comparison = ended({"plain": CLOSED, "batch": [wide, wide, wider, wider]}, seeds=4)
@@ -293,7 +302,10 @@ def test_whatever_ended_how_it_can_be_drawn(ended, accuracies):
 def test_an_unfinished_study_can_be_drawn(ended):
     comparison = ended({"plain": CLOSED, "batch": OPEN}, unfinished=48)
     assert math.isnan(comparison.sensitivity()["mean"].mean())
-    svg = vl_convert.vegalite_to_svg(chart(comparison, "sensitivity").to_dict())
+    spec = chart(comparison, "sensitivity").to_dict()
+    (line,) = marks(spec, type="line")
+    assert line["encoding"]["y"]["scale"]["domain"] == pytest.approx([1e-4 / 1.1, 1.1])
+    svg = vl_convert.vegalite_to_svg(spec)
     assert "mean final test accuracy of 0 seeds" in svg
     assert "NaN" not in svg
 
