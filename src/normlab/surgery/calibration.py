@@ -99,14 +99,14 @@ def calibrate_layers(
         output that the new layer's explains, over all channels.
 
     Raises:
-        InputError: The layer is not called alike in both.
+        InputError: The layer is not called alike in both, or gets or puts out what is not finite.
     """
     trial, explained = copy_of(new).eval(), {}
     for name in _order(trial, names, run, batches[0]):
         before, after = old.get_submodule(name), trial.get_submodule(name)
         y_of, x_of = _bare(before), _unscaled(after)
         found: CoMoments | None = None
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with _inputs([before]) as olds:
                 run(old, batch)
             with _inputs([after]) as news:
@@ -118,6 +118,11 @@ def calibrate_layers(
                 )
             for (_, x_old), (_, x_new) in zip(olds, news, strict=True):
                 more = co_moments(x_of(x_new), y_of(x_old))
+                if not all(each.isfinite().all() for each in more[1:]):
+                    raise InputError(
+                        f"{name or 'the model'}: batch {number} of calibrate has values there "
+                        "that are not finite: leave such batches out"
+                    )
                 found = more if found is None else found.merged(more)
         if found is not None:
             explained[name] = _fit([after, new.get_submodule(name)], found, len(batches))
