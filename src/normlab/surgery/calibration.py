@@ -163,7 +163,8 @@ def _fit(layers: Iterable[nn.Module], found: CoMoments, batches: int) -> float:
         left = x.square_y - 2 * a * x.product + a**2 * x.square_x
         left = left + x.n * (x.mean_y - a * x.mean_x - b) ** 2
     total = x.square_y.sum()
-    return float(1 - left.sum() / total) if total > 0 else float(left.sum() == 0)
+    least = 1e-24 * (x.n * x.mean_y**2).sum()  # Below it is rounding, of values that never vary.
+    return float(1 - left.sum() / total) if total > least else float(left.sum() <= least)
 
 
 def _is_estimated(layer: nn.Module) -> bool:

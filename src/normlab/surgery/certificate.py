@@ -140,7 +140,7 @@ def compare(
     errors, sizes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
     for one, other in zip(map(_flat, original), map(_flat, changed), strict=True):
         same = (one == other) | (one.isnan() & other.isnan())
-        error = (one - other).abs().nan_to_num(nan=float("inf"))
+        error = (one - other).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
         errors.append(error.masked_fill(same, 0))
         sizes.append(one[one.isfinite()].abs())
     error, size = torch.cat(errors), torch.cat(sizes)
