@@ -319,3 +319,24 @@ def test_dropout_before_a_norm_weighs_less_once_it_is_recalibrated():
         for each in (network(), normlab.recalibrate(network(), data())[0])
     ]
     assert weights == [["warning"], ["information"]]
+
+
+class Drawing:
+    """Batches by class, for which a random number is drawn each time."""
+
+    def __iter__(self):
+        torch.rand(1)
+        x, y = (torch.cat(each) for each in zip(*data(), strict=True))
+        order = y.argsort()
+        yield from zip(x[order].split(64), y[order].split(64), strict=True)
+
+
+def test_what_batches_draw_is_taken_back_though_they_are_mixed():
+    before = torch.get_rng_state()
+    assert diagnose(network_without_drawing(), Drawing()).asked.mixed is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def network_without_drawing():
+    with torch.random.fork_rng():
+        return network()

@@ -224,3 +224,33 @@ def test_batches_that_are_not_finite_are_told_unless_a_layer_is_the_cause():
     assert [each.measured for each in SIGNALS["not finite"](seen)] == [1, 2]
     seen.broken["norm"] = seen.batches
     assert [each.measured for each in SIGNALS["not finite"](seen)] == [1]
+
+
+# Eight batches worth 64 values each: the running mean and theirs have errors of their own, and four
+# deviations of the two together, 4·√((a/(2 − a) + 1/8)/64), may be chance.
+@pytest.mark.parametrize(
+    ("momentum", "chance"),
+    [(0.1, 4 * math.sqrt((0.1 / 1.9 + 1 / 8) / 64)), (None, 4 * math.sqrt((1e-3 + 1 / 8) / 64))],
+)
+def test_what_chance_explains_is_not_stale(momentum, chance):
+    def weight(mean=0.0, log_ratio=0.0):
+        var = math.exp(-log_ratio) * 511 / 512
+        module = nn.BatchNorm1d(1, eps=0.0, momentum=momentum)
+        return weight_of("stale statistics", observed(*rows(mean, var), module=module))
+
+    def rows(mean, var):
+        return [moments([mean * math.sqrt(var)], [var], 64.0)] * 8
+
+    assert weight(mean=0.99 * chance) is None
+    assert weight(mean=1.01 * chance) == "information"
+    assert weight(log_ratio=0.99 * chance * math.sqrt(2)) is None
+    assert weight(log_ratio=1.01 * chance * math.sqrt(2)) == "information"
+
+
+def test_the_distance_of_means_is_in_deviations_of_what_is_divided_by():
+    seen = observed(*[moments([1.0], [3.0])] * 8, module=nn.BatchNorm1d(1, eps=1.0))
+    (found,) = SIGNALS["stale statistics"](seen)
+    assert found.measured == pytest.approx(math.log(4 / 2), rel=1e-4)
+    seen.layers["norm"].module.running_var.fill_(3.0)
+    (found,) = SIGNALS["stale statistics"](seen)
+    assert found.measured == pytest.approx(1 / math.sqrt(4))
