@@ -337,6 +337,17 @@ def test_what_batches_draw_is_taken_back_though_they_are_mixed():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_order_whose_worth_cannot_be_measured_is_told():
+    def told(model, batches):
+        return diagnose(model, batches).not_measured.get("order of the data", "")
+
+    model, batches = network(), list(Drawing())
+    assert told(model, batches) == ""
+    assert told(model[:1].append(nn.BatchNorm1d(5)).append(nn.Unflatten(1, (5, 1))), batches)
+    batches[1][0][0] = NAN
+    assert "finite values" in told(model, batches)
+
+
 def network_without_drawing():
     with torch.random.fork_rng():
         return network()

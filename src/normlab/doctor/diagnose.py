@@ -176,6 +176,8 @@ def _in_random_order(
     other = observer.observe(found.batches)
     if seen.answers is not None and len(seen.answers.by_batch) == len(found.order):
         other.given = seen.answers.by_batch[found.order]
+    else:
+        other.order_unknown = "an output of shape (N, C), and finite values, of every batch"
     return other, replace(asked, mixed=found.batches)
 
 
