@@ -79,7 +79,8 @@ def diagnose(
 
     Args:
         model: Of torch's batch norms, normlab's, timm's or others that are instances of torch's.
-            In the mode in which it is trained, if its layers' modes matter.
+            In the mode in which it is trained, if its layers' modes matter. Names are of what a
+            data-parallel wrapper wraps, and fixes reach it as `model.module`.
         batches: Tensors; tuples or lists, of which the model gets the first and the second are the
             labels; or mappings, which it gets by keywords, with the labels under "labels", "label",
             "y" or "target".
@@ -96,8 +97,8 @@ def diagnose(
         The diagnosis; it prints.
 
     Raises:
-        InputError: The model has no batch norms, there are no batches, one is on another device or
-            not of a shape that the model takes.
+        InputError: The model has no batch norms, there are no batches, what yields them raises, one
+            is on another device or not of a shape that the model takes.
 
     >>> model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, momentum=0.99))
     >>> batch = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))

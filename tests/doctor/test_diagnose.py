@@ -225,3 +225,129 @@ def test_numbers_that_json_has_no_word_for_are_text():
         model[1].weight[0] = float("inf")
     told = json.loads(json.dumps(diagnose(model, data()).to_json(), allow_nan=False))
     assert told["layers"][0]["gamma"] is None
+
+
+NAN = float("nan")
+
+
+def with_nan(*numbers):
+    return [
+        (torch.where(torch.arange(x.numel()).view_as(x) == 0, NAN, x) if i in numbers else x, y)
+        for i, (x, y) in enumerate(data())
+    ]
+
+
+def test_nan_in_a_batch_is_an_error_and_the_rest_is_measured_without_it():
+    model = network()
+    whole = diagnose(model, [data()[i] for i in (0, 2, 3)])
+    found = diagnose(model, with_nan(1))
+    broken = [each for each in found.findings if each.signal == "not finite"]
+    assert [(each.layer, each.weight, each.measured) for each in broken] == [("1", "error", 1.0)]
+    assert "batches, of 4," in broken[0].quantity
+    assert (found.numbers, found.units) == (whole.numbers, whole.units)
+    others = [each.signal for each in found.findings if each.signal != "not finite"]
+    assert others == [each.signal for each in whole.findings]
+    scope = {"batches": with_nan(1)}
+    exec(broken[0].fix, scope)
+    assert len(scope["batches"]) == 3
+    # Weights that are not finite before the layer are told by it too.
+    with torch.no_grad():
+        model[0].weight[0] = NAN
+    (finding,) = diagnose(model, data()).findings[:1]
+    assert (finding.signal, finding.layer, finding.measured) == ("not finite", "1", 4.0)
+
+
+def test_a_reference_that_is_not_finite_is_refused_and_a_batch_of_it_left_out():
+    model, reference = network(), data(10)
+    broken = [(x.fill_(NAN), y) for x, y in data(1)]
+    with pytest.raises(InputError, match=r"^reference: expected at least one batch of finite"):
+        diagnose(model, data(), reference=broken)
+    found = diagnose(model, data(), reference=[*broken, *reference])
+    assert found == diagnose(model, data(), reference=reference)
+
+
+def test_a_batch_without_samples_is_told_by_its_size_alone():
+    batches = [*data(), (torch.ones(0, 6), torch.ones(0, dtype=torch.long))]
+    with pytest.warns(UserWarning, match="degrees of freedom"):
+        found = diagnose(network(), batches)
+    told = diagnose(network(), data())
+    extra = [each for each in found.findings if each not in told.findings]
+    assert {(each.signal, each.measured) for each in extra} == {("tiny count", 0.0)}
+    assert [each.worth for each in found.numbers] == [each.worth for each in told.numbers]
+
+
+def test_what_yields_the_batches_may_raise():
+    def batches():
+        yield data()[0]
+        raise OSError("no such\nfile")
+
+    with pytest.raises(
+        InputError, match=r"^batches: what yields them raised OSError for batch 2: no such file$"
+    ):
+        diagnose(network(), batches())
+
+
+def test_fixes_run_as_they_are_printed():
+    """In the code of a user whose model is wrapped, and whose batches are of their own kind."""
+    model = network()
+    model[1].momentum = 0.99
+    model[5].running_mean += 9
+    model.spare = nn.Module()
+    model.spare.norm = nn.BatchNorm1d(3)
+    wrapped = nn.DataParallel(model)
+    batches = [{"image": x} for x, _ in data()]
+
+    def forward(model, batch):
+        inner = model.module if isinstance(model, nn.DataParallel) else model
+        return inner[:7](batch["image"])
+
+    given = {"forward": forward, "device": "cpu"}
+    findings = diagnose(wrapped, batches, **given).findings
+    signals = ["momentum convention", "stale statistics", "never updated"]
+    scope = {"model": wrapped, "batches": batches, "forward": forward, "normlab": normlab}
+    for signal in signals:
+        exec(next(each.fix for each in findings if each.signal == signal), scope)
+    after = diagnose(scope["model"], batches, **given).findings
+    assert {each.signal for each in findings} >= set(signals)
+    assert {each.signal for each in after if each.weight != "information"}.isdisjoint(signals)
+    assert "spare.norm" not in {each.layer for each in after}
+
+
+def test_dropout_before_a_norm_weighs_less_once_it_is_recalibrated():
+    weights = [
+        [f.weight for f in diagnose(each, data()).findings if f.signal.startswith("dropout")]
+        for each in (network(), normlab.recalibrate(network(), data())[0])
+    ]
+    assert weights == [["warning"], ["information"]]
+
+
+class Drawing:
+    """Batches by class, for which a random number is drawn each time."""
+
+    def __iter__(self):
+        torch.rand(1)
+        x, y = (torch.cat(each) for each in zip(*data(), strict=True))
+        order = y.argsort()
+        yield from zip(x[order].split(64), y[order].split(64), strict=True)
+
+
+def test_what_batches_draw_is_taken_back_though_they_are_mixed():
+    before = torch.get_rng_state()
+    assert diagnose(network_without_drawing(), Drawing()).asked.mixed is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_order_whose_worth_cannot_be_measured_is_told():
+    def told(model, batches):
+        return diagnose(model, batches).not_measured.get("order of the data", "")
+
+    model, batches = network(), list(Drawing())
+    assert told(model, batches) == ""
+    assert told(model[:1].append(nn.BatchNorm1d(5)).append(nn.Unflatten(1, (5, 1))), batches)
+    batches[1][0][0] = NAN
+    assert "finite values" in told(model, batches)
+
+
+def network_without_drawing():
+    with torch.random.fork_rng():
+        return network()

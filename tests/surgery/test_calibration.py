@@ -264,3 +264,67 @@ def test_errors_of_models_without_tensors_or_without_size():
     report = convert(Zero(batch_norm()), "layer", calibrate=batches())[1]
     assert report.error == 0
     assert not math.isnan(report.explained["0"])
+
+
+def test_a_fit_is_of_the_layer_without_its_hooks():
+    """They act in both models alike."""
+    plain, hooked = nn.Sequential(batch_norm()), nn.Sequential(batch_norm())
+    hooked[0].register_forward_hook(lambda *given: 3 * given[-1])
+    fits = [convert(each, "group:2", calibrate=batches())[0][0] for each in (plain, hooked)]
+    assert_close(fits[0].weight, fits[1].weight, **EXACT)
+    assert_close(fits[0].bias, fits[1].bias, **EXACT)
+
+
+def test_a_fit_is_of_what_a_layer_got_when_it_was_called():
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = batch_norm()
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.norm(x)
+            x.zero_()
+            return y
+
+    model = Overwriting().eval()
+    plain, report = convert(nn.Sequential(model.norm), "group:2", calibrate=batches())
+    found, again = convert(model, "group:2", calibrate=batches())
+    assert_close(found.norm.weight, plain[0].weight, **EXACT)
+    assert again.explained == {"norm": report.explained["0"]}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fit_is_of_evaluation(training):
+    model = nn.Sequential(nn.Dropout(), batch_norm()).train(training)
+    converted, report = convert(model, "group:2", calibrate=batches())
+    alone, expected = convert(
+        nn.Sequential(nn.Identity(), batch_norm()), "group:2", calibrate=batches()
+    )
+    assert_close(converted[1].weight, alone[1].weight, **EXACT)
+    assert (report.error, report.uncalibrated) == (
+        pytest.approx(expected.error),
+        pytest.approx(expected.uncalibrated),
+    )
+    assert [each.training for each in converted] == [training] * 2
+
+
+def test_an_output_that_never_varies_is_explained():
+    model = nn.Sequential(batch_norm())
+    nn.init.zeros_(model[0].weight)
+    _, report = convert(model, "group:2", calibrate=batches())
+    assert report.explained == {"0": 1.0}
+
+
+def test_values_that_are_not_finite_are_refused_and_the_model_stays():
+    broken = batches()
+    broken[1][0, 0, 0, 0] = math.nan
+    model = nn.Sequential(batch_norm())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"^0: batch 2 of calibrate has values there that are not"):
+        convert(model, "group:2", calibrate=broken, inplace=True)
+    assert type(model[0]) is nn.BatchNorm2d
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(InputError, match=r"^calibrate is a int: expected batches"):
+        convert(model, "group:2", calibrate=3)

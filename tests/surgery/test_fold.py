@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import normlab
 from normlab.errors import InputError
 from normlab.networks import build_network
+from normlab.surgery.certificate import compare
 from normlab.surgery.changes import Activated
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -578,7 +579,7 @@ def test_modes_randomness_and_what_is_frozen():
     assert report.training
     assert "training mode" in str(report)
     assert not result[0].weight.requires_grad
-    assert result[0].bias.requires_grad
+    assert result[0].bias.requires_grad  # That of the batch norm's.
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
@@ -588,6 +589,23 @@ def test_a_bias_is_as_frozen_as_the_weight_where_the_batch_norm_has_none():
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, affine=False))
     model[0].weight.requires_grad_(False)
     assert not assert_folded(model, randn(5, 4), {"1": ("0", "before")})[0][0].bias.requires_grad
+
+
+def test_a_bias_stays_as_frozen_as_it_was():
+    model = prepared(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    model[0].bias.requires_grad_(False)
+    result, _ = normlab.fold(model, randn(5, 4))
+    assert (result[0].weight.requires_grad, result[0].bias.requires_grad) == (True, False)
+
+
+def test_modes_in_evaluation_are_those_that_the_model_has():
+    def forward(self, x):
+        return x if self.training else self.norm(x)
+
+    model = prepared(nn.Sequential(nn.Linear(4, 3), net(forward, norm=nn.BatchNorm1d(3))))
+    model[1].training = True
+    _, report = normlab.fold(model, randn(5, 4))
+    assert report.left == {"1.norm": "it is not called on the example"}
 
 
 def test_a_model_that_draws_at_random_or_counts_is_compared_with_itself():
@@ -630,6 +648,38 @@ def test_layouts_and_dtypes():
     assert result[0].weight.dtype == result[0].bias.dtype == torch.bfloat16
     assert result[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert report.certificate.tolerance == 2e-2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)],
+)
+def test_the_tolerance_is_that_of_the_least_precise(dtype, tolerance):
+    model = nn.Sequential(nn.Linear(2, 2).to(dtype))
+    y = torch.ones(2, dtype=torch.float64)
+    assert compare([y], [y], None, model).tolerance == tolerance
+    assert compare([y.to(dtype)], [y], None, model.double()).tolerance == tolerance
+
+
+def test_what_is_not_finite_where_the_original_is_is_an_infinite_error():
+    y = torch.ones(2)
+    for value in (math.nan, math.inf):
+        found = compare([y], [torch.tensor([1.0, value])], None, nn.Identity())
+        assert found.largest == found.relative_largest == math.inf
+    kept = torch.tensor([1.0, math.inf])
+    assert compare([kept], [kept], None, nn.Identity()).largest == 0
+    assert compare([kept], [-kept], None, nn.Identity()).largest == math.inf
+
+
+@pytest.mark.parametrize(
+    "example", [torch.zeros(0, 4).double(), torch.full((2, 4), math.nan).double()]
+)
+def test_an_output_without_finite_values_measures_nothing_and_is_refused(example):
+    model = prepared(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    before = state(model)
+    with pytest.raises(InputError, match="no finite value to measure the error on"):
+        normlab.fold(model, example, inplace=True)
+    assert state(model) == before
 
 
 def test_examples_by_position_and_keyword_and_left_alone():

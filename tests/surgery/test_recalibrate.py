@@ -363,6 +363,13 @@ def test_statistics_move_by_their_weight(weight, expected):
     assert_close(state(model), state(adapted), **SAME)
 
 
+def test_the_report_of_an_adaptation_says_what_it_weighed():
+    _, report = adapt(network(), unequal(), 0.25)
+    assert str(report).startswith("2 batch norm layers adapted over ")
+    assert str(report).count(", weight 0.25; before ") == 2
+    assert "weight" not in str(recalibrate(network(), unequal())[1])
+
+
 def test_the_drift_after_adaptation_is_that_of_what_it_was_adapted_to():
     model = network()
     adapted, report = adapt(model, unequal(), 0.5)

@@ -15,6 +15,7 @@ __all__ = [
     "checked",
     "labels_of",
     "mixed",
+    "numbered",
     "output_of",
     "part_of",
     "shapes_of",
@@ -37,6 +38,31 @@ def checked(batches: Any, name: str = "batches") -> Iterable[Any]:
             f"{type(batches).__name__}; put a single batch in a list"
         )
     return batches
+
+
+def numbered(batches: Iterable[Any], name: str = "batches") -> Iterator[tuple[int, Any]]:
+    """Yield batches with their numbers, from 1.
+
+    Raises:
+        InputError: What yields them raised.
+
+    >>> list(numbered("ab"))
+    [(1, 'a'), (2, 'b')]
+    """
+    iterator, number = None, 0
+    while True:
+        number += 1
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # The user's code may raise anything.
+            raise InputError(
+                f"{name}: what yields them raised {type(error).__name__} for batch {number}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        yield number, batch
 
 
 def labels_of(batch: Any) -> Tensor | None:

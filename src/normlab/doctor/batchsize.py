@@ -18,7 +18,8 @@ def _group_norm(seen: Observations) -> str:
     """Return the line that puts group norm in the place of every batch norm."""
     groups = math.gcd(32, *(each.module.num_features for each in seen.layers.values()))
     to = f"group:{groups}" if groups > 1 else "layer"
-    return f"model, report = normlab.convert(model, {to!r}, calibrate=batches)  # then train"
+    options = f"{to!r}, calibrate=batches{seen.options}"
+    return f"model, report = normlab.convert(model, {options})  # then train"
 
 
 def _most_worth(layer: Layer) -> float:
@@ -57,6 +58,12 @@ def batch_noise(seen: Observations) -> Iterator[Finding]:
         )
 
 
+def _is_rest(layer: Layer) -> bool:
+    """Tell whether the smallest batch is what was left over, and most are large enough."""
+    sizes = sorted(each.n for each in layer.calls[0]) if layer.calls else []
+    return bool(sizes) and sizes[len(sizes) // 2] >= threshold("count")
+
+
 def tiny_count(seen: Observations) -> Iterator[Finding]:
     """Batches with few values per channel."""
     for layer in seen.layers.values():
@@ -74,7 +81,9 @@ def tiny_count(seen: Observations) -> Iterator[Finding]:
             "a single value has no variance, and training raises"
             if alone
             else "mean and variance of so few values are mostly noise",
-            "loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)",
+            "loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)"
+            if _is_rest(layer)
+            else _group_norm(seen),
             THRESHOLDS["count"].source,
         )
 
@@ -127,6 +136,6 @@ def accumulation(seen: Observations) -> Iterator[Finding]:
             "larger batch",
             _group_norm(seen)
             if small or a is None
-            else f"model.get_submodule({layer.name!r}).momentum = {1 - (1 - a) ** (1 / whole):.3g}",
+            else f"{seen.at(layer)}.momentum = {1 - (1 - a) ** (1 / whole):.3g}",
             "pytorch-lightning issue 17446",
         )

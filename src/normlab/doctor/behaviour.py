@@ -55,7 +55,7 @@ def gap(seen: Observations) -> Iterator[Finding]:
         loss,
         threshold("gap error" if bad else "gap"),
         "only the batch norms differ between the two, so their running statistics cost it",
-        "model, report = normlab.recalibrate(model, batches)",
+        seen.recalibrate,
         THRESHOLDS["gap"].source,
     )
 

@@ -68,6 +68,7 @@ class Asked:
         decay: By parameter, the optimizer's weight decay; None without one.
         steps: Of the optimizer so far.
         reference: Batches of the training domain.
+        reached: How the user's code reaches the model: `model`, or `model.module` of a wrapper.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Asked:
     decay: dict[str, float] | None = None
     steps: int | None = None
     reference: Iterable[Any] | None = None
+    reached: str = "model"
 
 
 def diagnose(
@@ -99,8 +101,9 @@ def diagnose(
     >>> [(finding.signal, finding.layer) for finding in found.findings]
     [('momentum convention', '1')]
     """
+    reached = "model"
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+        model, reached = model.module, f"{reached}.module"
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # What torch.compile was given.
@@ -118,8 +121,10 @@ def diagnose(
         if isinstance(batches, Iterator):
             raise InputError("with reference=, batches must be such as can be gone through again")
     decay = None if optimizer is None else _decay(model, optimizer)
-    asked = Asked(model, checked(batches), None, forward, device, loss, decay, steps, reference)
-    return examine(asked)
+    found = checked(batches)
+    return examine(
+        Asked(model, found, None, forward, device, loss, decay, steps, reference, reached)
+    )
 
 
 def examine(asked: Asked) -> Diagnosis:
@@ -129,6 +134,7 @@ def examine(asked: Asked) -> Diagnosis:
         seen = observer.observe(asked.batches)
         seen, asked = _in_random_order(observer, asked, seen)
         seen.steps, seen.decay = asked.steps, asked.decay
+        seen.reached, seen.options = asked.reached, _options(asked)
         if asked.reference is not None:
             seen.reference = observer.evaluate(asked.reference, "reference")
             seen.evaluated = observer.evaluate(asked.batches)
@@ -170,7 +176,15 @@ def _in_random_order(
     other = observer.observe(found.batches)
     if seen.answers is not None and len(seen.answers.by_batch) == len(found.order):
         other.given = seen.answers.by_batch[found.order]
+    else:
+        other.order_unknown = "an output of shape (N, C), and finite values, of every batch"
     return other, replace(asked, mixed=found.batches)
+
+
+def _options(asked: Asked) -> str:
+    """Return the arguments of a fix that say how the model is run."""
+    device = "" if asked.device is None else f", device={str(asked.device)!r}"
+    return ("" if asked.forward is None else ", forward=forward") + device
 
 
 def _decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

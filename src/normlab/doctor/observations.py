@@ -118,6 +118,10 @@ class Observations:
         order_unknown: Why that was not measured.
         evaluated: By layer, the moments of each batch in evaluation; None without a reference.
         reference: The same of batches of the training domain.
+        broken: By layer, the batches in which it was the first to get what is not finite.
+        reached: How the user's code reaches the model that the names are of: `model`, or
+            `model.module` of a data-parallel wrapper.
+        options: What `recalibrate` and its like need to run it as it was run here.
         world_size: Of the process group, 1 if there is none.
         gradient_unknown: Why gradients were not measured.
     """
@@ -137,8 +141,20 @@ class Observations:
     order_unknown: str = ""
     evaluated: dict[str, list[Moments]] | None = None
     reference: dict[str, list[Moments]] | None = None
+    broken: dict[str, int] = field(default_factory=dict)
+    reached: str = "model"
+    options: str = ""
     world_size: int = 1
     gradient_unknown: str = ""
+
+    def at(self, layer: Layer) -> str:
+        """Return the expression by which the user's code reaches a layer."""
+        return f"{self.reached}.get_submodule({layer.name!r})"
+
+    @property
+    def recalibrate(self) -> str:
+        """The line that estimates running statistics anew."""
+        return f"model, report = normlab.recalibrate(model, batches{self.options})"
 
     @cached_property
     def trained(self) -> bool:

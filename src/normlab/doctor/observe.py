@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from normlab.doctor.batches import labels_of, output_of, part_of, shapes_of, tensors_of
+from normlab.doctor.batches import (
+    labels_of,
+    numbered,
+    output_of,
+    part_of,
+    shapes_of,
+    tensors_of,
+)
 from normlab.doctor.observations import Answers, Layer, Observations
 from normlab.errors import InputError
 from normlab.probes import Moments, Units, flow, norm_moments
@@ -88,7 +96,7 @@ class Observer:
         by_batch: list[NDArray[np.bool_]] = []
         labels: list[NDArray[np.int64] | None] = []
         with self._prepared():
-            for number, batch in enumerate(batches, 1):
+            for number, batch in numbered(batches):
                 self._check_device(batch, number)
                 classes = labels_of(batch)
                 with torch.no_grad():
@@ -117,17 +125,21 @@ class Observer:
         return seen
 
     def evaluate(self, batches: Iterable[Any], name: str = "batches") -> dict[str, list[Moments]]:
-        """Return, by layer, the moments of each batch at the layer's first call, in evaluation."""
+        """Return, by layer, the moments of each batch at the layer's first call, in evaluation.
+
+        Those that are not finite are left out.
+        """
         found: dict[str, list[Moments]] = {}
         with self._prepared(), torch.no_grad():
-            for number, batch in enumerate(batches, 1):
+            for number, batch in numbered(batches, name):
                 self._check_device(batch, number)
                 with norm_moments(self._norms) as seen:
                     self._run(batch, number)
-                for name, calls in seen.items():
-                    found.setdefault(name, []).append(calls[0])
+                for layer, calls in seen.items():
+                    if _is_finite(calls[0]):
+                        found.setdefault(layer, []).append(calls[0])
         if not found:
-            raise InputError(f"{name}: expected at least one batch, got none")
+            raise InputError(f"{name}: expected at least one batch of finite values, got none")
         return found
 
     @contextmanager
@@ -185,7 +197,13 @@ class Observer:
         seen.part = float((part.double() - whole[:half].double()).abs().max() / scale)
 
     def _by_batch(self, batch: Any, number: int, seen: Observations) -> Any:
-        """Run the model with its batch norms normalizing by the batch; None if one cannot."""
+        """Run the model with its batch norms normalizing by the batch.
+
+        Returns:
+            Its output; None if a batch norm cannot do so, or if one gets what is not finite. The
+            batch then counts for nothing else.
+        """
+        units = copy.deepcopy(seen.units)
 
         def see(place: str, kind: str, output: Tensor) -> None:
             seen.units.setdefault(place, Units(kind)).see(output)
@@ -204,11 +222,17 @@ class Observer:
                     raise
                 return None
         _note_least(moments, seen)
+        # In order of the calls: what is not finite spreads from the first.
+        broken = next((n for n, calls in moments.items() if not all(map(_is_finite, calls))), None)
+        if broken is not None:
+            seen.broken[broken] = seen.broken.get(broken, 0) + 1
+            seen.units = units
+            return None
         for name, calls in moments.items():
             rows = seen.layers[name].calls
             rows += [[] for _ in range(len(calls) - len(rows))]
             for row, each in zip(rows, calls, strict=False):
-                row.append(each)
+                row += [each] if each.n else []
         after = {name: self._norms[name] for name in seen.flow.dropouts}
         if after:
             with (
@@ -218,7 +242,7 @@ class Observer:
             ):
                 self._run(batch, number)
             for name, calls in moments.items():
-                seen.layers[name].dropped.append(calls[0])
+                seen.layers[name].dropped += calls[:1] if calls[0].n else []
         return output
 
     @contextmanager
@@ -288,6 +312,10 @@ class Observer:
             raise InputError(
                 f"loss raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
+
+
+def _is_finite(found: Moments) -> bool:
+    return not found.n or bool((found.mean + found.var).isfinite().all())
 
 
 def _note_least(moments: dict[str, list[Moments]], seen: Observations) -> bool:

@@ -27,8 +27,6 @@ __all__ = [
     "untouched",
 ]
 
-_RECALIBRATE = "model, report = normlab.recalibrate(model, batches)"
-
 
 def drift(layer: Layer) -> tuple[float, float] | None:
     """Return how far a layer's running statistics are from those of what it gets.
@@ -117,7 +115,7 @@ def stale(seen: Observations) -> Iterator[Finding]:
             found.measured,
             found.limit,
             "in evaluation the layer centers and scales by statistics that its inputs do not have",
-            _RECALIBRATE,
+            seen.recalibrate,
             THRESHOLDS["stale mean"].source,
         )
 
@@ -142,7 +140,7 @@ def initial_value(seen: Observations) -> Iterator[Finding]:
                 left,
                 threshold("initial"),
                 f"the running statistics need {enough} updates to forget mean 0 and variance 1",
-                _RECALIBRATE,
+                seen.recalibrate,
                 THRESHOLDS["initial"].source,
             )
 
@@ -151,7 +149,7 @@ def momentum_convention(seen: Observations) -> Iterator[Finding]:
     """Momentum as other libraries have it, which weigh the old statistics by it."""
     for layer in seen.layers.values():
         a = layer.module.momentum
-        if a is None or a < threshold("momentum") or layer.running is None:
+        if a is None or a < threshold("momentum") or layer.running is None or layer.held:
             continue
         meant = round(1 - a, 12) if a < 1 else 0.1
         yield Finding(
@@ -163,13 +161,14 @@ def momentum_convention(seen: Observations) -> Iterator[Finding]:
             threshold("momentum"),
             "torch weighs the new batch by momentum, so the running statistics are those of little "
             "more than the last batch",
-            f"model.get_submodule({layer.name!r}).momentum = {meant:g}",
+            f"{seen.at(layer)}.momentum = {meant:g}",
             THRESHOLDS["momentum"].source,
         )
 
 
 def not_finite(seen: Observations) -> Iterator[Finding]:
-    """NaN, infinity or a negative variance in buffers or parameters."""
+    """NaN, infinity or a negative variance in buffers or parameters, or in what layers get."""
+    faults = 0
     for layer in seen.layers.values():
         module = layer.module
         for name in ("running_mean", "running_var", "weight", "bias"):
@@ -181,6 +180,7 @@ def not_finite(seen: Observations) -> Iterator[Finding]:
                 bad |= value < 0
             if not bad.any():
                 continue
+            faults += 1
             learned = name in ("weight", "bias")
             yield Finding(
                 "not finite",
@@ -194,9 +194,25 @@ def not_finite(seen: Observations) -> Iterator[Finding]:
                 "every output of such a channel is worthless, and soon all that follows",
                 "model.load_state_dict(earlier)  # a checkpoint from before"
                 if learned
-                else _RECALIBRATE,
+                else seen.recalibrate,
                 "pytorch issues 88474 and 115500",
             )
+    for where, count in seen.broken.items():
+        if faults and count == seen.batches:
+            continue  # It follows from a fault above.
+        yield Finding(
+            "not finite",
+            where,
+            "error",
+            f"batches, of {seen.batches}, with NaN or infinity in what the layer gets",
+            float(count),
+            0.0,
+            "one such value makes a batch's mean and variance worthless, and in training the "
+            "running statistics for good",
+            "batches = [each for each in batches if each[0].isfinite().all()]  # or mend layers "
+            "before it",
+            "pytorch issues 88474 and 115500",
+        )
 
 
 def never_updated(seen: Observations) -> Iterator[Finding]:
@@ -206,7 +222,7 @@ def never_updated(seen: Observations) -> Iterator[Finding]:
     for layer in seen.layers.values():
         if not untouched(seen, layer):
             continue
-        called = bool(layer.calls)
+        called = layer.least < math.inf
         yield Finding(
             "never updated",
             layer.name,
@@ -217,9 +233,14 @@ def never_updated(seen: Observations) -> Iterator[Finding]:
             "evaluation normalizes by mean 0 and variance 1, which are no data's"
             if called
             else "the layer is not called when the model runs",
-            _RECALIBRATE if called else "del the_layer  # from its parent, if nobody needs it",
+            seen.recalibrate if called else _without(seen, layer),
             THRESHOLDS["initial"].source,
         )
+
+
+def _without(seen: Observations, layer: Layer) -> str:
+    parent, _, name = layer.name.rpartition(".")
+    return f"delattr({seen.reached}.get_submodule({parent!r}), {name!r})  # if nobody needs it"
 
 
 def near_zero_variance(seen: Observations) -> Iterator[Finding]:
@@ -242,7 +263,7 @@ def near_zero_variance(seen: Observations) -> Iterator[Finding]:
                 float(gain[amplified].max()),
                 threshold("gain"),
                 "an input that hardly varies is blown up, and with it whatever differs elsewhere",
-                f"model.get_submodule({layer.name!r}).eps = 1e-3  # or drop the constant inputs",
+                f"{seen.at(layer)}.eps = 1e-3  # or drop the constant inputs",
                 THRESHOLDS["gain"].source,
             )
         elif low.any():
@@ -254,7 +275,7 @@ def near_zero_variance(seen: Observations) -> Iterator[Finding]:
                 float(var[low].min()),
                 threshold("variance") * eps,
                 "the channel's input is as good as constant, and the channel could be pruned",
-                f"(model.get_submodule({layer.name!r}).running_var < {10 * eps:g}).nonzero()",
+                f"({seen.at(layer)}.running_var < {10 * eps:g}).nonzero()",
                 THRESHOLDS["variance"].source,
             )
 
@@ -288,7 +309,7 @@ def shift_of_domain(seen: Observations) -> Iterator[Finding]:
                 limit,
                 "the inputs are not of the domain that the statistics are of (look at the share of "
                 "each class first)",
-                "model, report = normlab.adapt(model, batches)",
+                f"model, report = normlab.adapt(model, batches{seen.options})",
                 THRESHOLDS["shift"].source,
             )
     if not compared:

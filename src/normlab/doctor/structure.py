@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 from normlab.doctor.finding import Finding, MissingError
-from normlab.doctor.observations import Observations
+from normlab.doctor.observations import Layer, Observations
 from normlab.doctor.thresholds import THRESHOLDS, threshold
 from normlab.probes import pooled
 
@@ -53,16 +54,24 @@ def dropout_before(seen: Observations) -> Iterator[Finding]:
             yield Finding(
                 "dropout before batch norm",
                 layer.name,
-                "warning",
+                "information" if _fits(layer, still.var) else "warning",
                 "mean of ln(variance without dropout / variance with it)",
                 shift,
                 threshold("dropout") if shift > 0 else -threshold("dropout"),
-                f"the running variance is that of training with dropout ({names}), and evaluation "
-                "has none",
-                "model, report = normlab.recalibrate(model, batches)  # or dropout after the last "
-                "batch norm",
+                f"in training the running variance becomes that with dropout ({names}), and "
+                "evaluation has none",
+                f"{seen.recalibrate}  # or dropout after the last batch norm",
                 THRESHOLDS["dropout"].source,
             )
+
+
+def _fits(layer: Layer, var: Tensor) -> bool:
+    """Tell whether a layer's running variance is one already, as after recalibration."""
+    if layer.running is None:
+        return True
+    eps = layer.module.eps
+    ratio = ((layer.running[1] + eps) / (var + eps)).log()
+    return abs(float(ratio[ratio.isfinite()].mean())) <= threshold("dropout")
 
 
 def on_logits(seen: Observations) -> Iterator[Finding]:
@@ -78,7 +87,7 @@ def on_logits(seen: Observations) -> Iterator[Finding]:
             1.0,
             0.0,
             "scores are held to a fixed mean and variance over the batch, and so to each other's",
-            f"model.set_submodule({name!r}, nn.Identity())  # and train again",
+            f"{seen.reached}.set_submodule({name!r}, nn.Identity())  # and train again",
             "normlab: the loss wants scores as large as the evidence is",
         )
 
@@ -103,18 +112,33 @@ def shared_layer(seen: Observations) -> Iterator[Finding]:
                 largest,
                 threshold("shared"),
                 "it keeps one mean and variance for inputs that differ, and evaluation fits none",
-                "self.norms = nn.ModuleList(normlab.BatchNorm2d(channels) for _ in range(uses))",
+                f"self.norms = nn.ModuleList({_new(layer)} for _ in range({len(parts)}))",
                 THRESHOLDS["shared"].source,
             )
 
 
+def _new(layer: Layer) -> str:
+    """Return the expression that makes another such layer."""
+    name = type(layer.module).__name__
+    return f"{'nn.' * hasattr(nn, name)}{name}({layer.module.num_features})"
+
+
 def frozen_yet_updating(seen: Observations) -> Iterator[Finding]:
     """Layers with frozen parameters that still normalize by the batch and move their statistics."""
-    for layer in seen.layers.values():
-        own = list(layer.module.parameters(recurse=False))
-        frozen = own and layer.frozen_parameters
-        if not (frozen and layer.training and layer.running is not None) or layer.held:
+    frozen = [
+        layer
+        for layer in seen.layers.values()
+        if layer.module.affine
+        and layer.frozen_parameters
+        and layer.running is not None
+        and not layer.held
+    ]
+    if frozen and not any(layer.training for layer in seen.layers.values()):
+        raise MissingError("the model in the mode in which it is trained: model.train()")
+    for layer in frozen:
+        if not layer.training:
             continue
+        own = list(layer.module.parameters(recurse=False))
         yield Finding(
             "frozen yet updating",
             layer.name,
@@ -123,7 +147,7 @@ def frozen_yet_updating(seen: Observations) -> Iterator[Finding]:
             float(len(own)),
             0.0,
             "requires_grad = False does not stop running statistics, which drift in training",
-            f"normlab.freeze(model.get_submodule({layer.name!r}), 'statistics', inplace=True)",
+            f"normlab.freeze({seen.at(layer)}, 'statistics', inplace=True)",
             "pytorch issue 86590",
         )
 

@@ -99,14 +99,14 @@ def calibrate_layers(
         output that the new layer's explains, over all channels.
 
     Raises:
-        InputError: The layer is not called alike in both.
+        InputError: The layer is not called alike in both, or gets or puts out what is not finite.
     """
     trial, explained = copy_of(new).eval(), {}
     for name in _order(trial, names, run, batches[0]):
         before, after = old.get_submodule(name), trial.get_submodule(name)
         y_of, x_of = _bare(before), _unscaled(after)
         found: CoMoments | None = None
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with _inputs([before]) as olds:
                 run(old, batch)
             with _inputs([after]) as news:
@@ -118,6 +118,11 @@ def calibrate_layers(
                 )
             for (_, x_old), (_, x_new) in zip(olds, news, strict=True):
                 more = co_moments(x_of(x_new), y_of(x_old))
+                if not all(each.isfinite().all() for each in more[1:]):
+                    raise InputError(
+                        f"{name or 'the model'}: batch {number} of calibrate has values there "
+                        "that are not finite: leave such batches out"
+                    )
                 found = more if found is None else found.merged(more)
         if found is not None:
             explained[name] = _fit([after, new.get_submodule(name)], found, len(batches))
@@ -158,7 +163,8 @@ def _fit(layers: Iterable[nn.Module], found: CoMoments, batches: int) -> float:
         left = x.square_y - 2 * a * x.product + a**2 * x.square_x
         left = left + x.n * (x.mean_y - a * x.mean_x - b) ** 2
     total = x.square_y.sum()
-    return float(1 - left.sum() / total) if total > 0 else float(left.sum() == 0)
+    least = 1e-24 * (x.n * x.mean_y**2).sum()  # Below it is rounding, of values that never vary.
+    return float(1 - left.sum() / total) if total > least else float(left.sum() <= least)
 
 
 def _is_estimated(layer: nn.Module) -> bool:

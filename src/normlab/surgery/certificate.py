@@ -126,6 +126,9 @@ def compare(
             output and the model's parameters.
         model: Whose parameters are looked at.
 
+    Raises:
+        InputError: The outputs are of other shapes, or the original's has no finite value.
+
     >>> compare([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])], None, nn.Identity())
     Certificate(largest=0.5, mean=0.25, scale=2.0, tolerance=0.0001)
     """
@@ -137,10 +140,15 @@ def compare(
     errors, sizes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
     for one, other in zip(map(_flat, original), map(_flat, changed), strict=True):
         same = (one == other) | (one.isnan() & other.isnan())
-        error = (one - other).abs().nan_to_num(nan=float("inf"))
+        error = (one - other).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
         errors.append(error.masked_fill(same, 0))
         sizes.append(one[one.isfinite()].abs())
     error, size = torch.cat(errors), torch.cat(sizes)
+    if size.numel() == 1:  # The zero that it begins with.
+        raise InputError(
+            "the model's output on the example has no finite value to measure the error on: pass "
+            "another example"
+        )
     largest, mean = (float(error.max()), float(error.mean())) if error.numel() else (0.0, 0.0)
     return Certificate(largest, mean, float(size.max()), tolerance)
 

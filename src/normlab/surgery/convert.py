@@ -374,7 +374,7 @@ def _what(layer: Any, follow: fusion.Follow | None) -> str:
 def _batches(calibrate: Iterable[Any] | None) -> list[Any]:
     if calibrate is None:
         return []
-    if isinstance(calibrate, (Tensor, Mapping)):
+    if isinstance(calibrate, (Tensor, Mapping, str)) or not isinstance(calibrate, Iterable):
         raise InputError(
             f"calibrate is a {type(calibrate).__name__}: expected batches, as in calibrate=[batch]"
         )

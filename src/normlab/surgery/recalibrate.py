@@ -86,15 +86,17 @@ class RecalibrationReport:
 
     def __str__(self) -> str:
         end = ", the tolerance met" if self.stopped_early else ""
+        in_part = any(each.weight < 1 for each in self.layers.values())
         lines = [
-            f"{len(self.layers)} batch norm layers recalibrated over {self.batches} batches{end}; "
-            f"{len(self.left)} left as they were"
+            f"{len(self.layers)} batch norm layers {'adapted' if in_part else 'recalibrated'} over "
+            f"{self.batches} batches{end}; {len(self.left)} left as they were"
         ]
         for name, each in self.layers.items():
             after = f", after {_text(each.after)}" if each.after else ""
+            weight = f", weight {each.weight:.2g}" if in_part else ""
             skipped = f", {self.skipped[name]} batches skipped" if name in self.skipped else ""
             lines.append(
-                f"  {name or 'the model'}: {each.samples} samples{skipped}; "
+                f"  {name or 'the model'}: {each.samples} samples{skipped}{weight}; "
                 f"before {_text(each.before)}{after}"
             )
         lines += [f"  {name or 'the model'}: left, {why}" for name, why in self.left.items()]
