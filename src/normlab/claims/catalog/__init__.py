@@ -1,9 +1,19 @@
 """The claims that normlab tests, one file each."""
 
-from normlab.claims.catalog import identity
+from normlab.claims.catalog import (
+    accuracy,
+    deep_sigmoid,
+    dropout_rival,
+    faster,
+    identity,
+    stable_inputs,
+)
 from normlab.claims.claim import Claim
 
 __all__ = ["CLAIMS"]
 
-CLAIMS: dict[str, Claim] = {each.CLAIM.name: each.CLAIM for each in (identity,)}
+CLAIMS: dict[str, Claim] = {
+    each.CLAIM.name: each.CLAIM
+    for each in (identity, faster, stable_inputs, accuracy, dropout_rival, deep_sigmoid)
+}
 """By name, in the order in which they are best read."""
