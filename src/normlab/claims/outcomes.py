@@ -14,7 +14,7 @@ from normlab.training import Setting
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["by_seed", "course", "ends", "merged", "points"]
+__all__ = ["by_seed", "course", "doublings", "ends", "merged", "points"]
 
 Rows = dict[int, list[Row]]
 """By seed."""
@@ -83,5 +83,15 @@ def points(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[
     the one that did not fail, and NaN where both did.
     """
     accuracy = by_seed(frame, quantity).fillna(-np.inf)
-    with np.errstate(invalid="ignore"):  # Of −∞ − (−∞).
-        return (100 * (accuracy[arm] - accuracy[baseline])).tolist()
+    return (100 * (accuracy[arm] - accuracy[baseline])).tolist()
+
+
+def doublings(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[float]:
+    """Return log2(baseline / arm) seed by seed, of a quantity that is better when it is smaller.
+
+    Of a replica that failed it is infinite, and so is the ratio, on the side of the other; NaN
+    where both failed.
+    """
+    values = by_seed(frame, quantity).fillna(np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):  # Of log2(0), and of ∞/∞.
+        return np.log2(values[baseline] / values[arm]).tolist()

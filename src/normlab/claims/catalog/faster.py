@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import by_seed, course, ends, merged
+from normlab.claims.outcomes import course, doublings, ends, merged
 from normlab.claims.setups import mnist_sigmoid
 from normlab.claims.work import Work
 from normlab.study import Study
@@ -44,10 +42,7 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
-    # Who never gets there takes for ever.
-    steps = by_seed(frame, _STEPS).fillna(np.inf)
-    with np.errstate(invalid="ignore"):  # Of ∞/∞.
-        return {_PART: np.log2(steps["plain"] / steps["batch"]).tolist()}
+    return {_PART: doublings(frame, _STEPS, "batch", "plain")}
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import by_seed
+from normlab.claims.outcomes import doublings
 from normlab.claims.setups import mnist_sigmoid
 from normlab.claims.work import Work
 from normlab.report.charts import PALETTE
@@ -52,7 +52,7 @@ def _rows(probes: pd.DataFrame, diverged: set[tuple[str, int]]) -> dict[int, lis
     rows: dict[int, list[Row]] = {}
     of_layer = probes[(probes["probe"] == "percentiles") & (probes["layer"] == _LAYER)]
     for (arm, seed), group in of_layer.groupby(["arm", "seed"]):
-        table = group.pivot(index="step", columns="name", values="value").sort_index()
+        table = group.pivot(index="step", columns="name", values="value")
         into = rows.setdefault(seed, [])
         for scope, prefix in _SCOPES.items():
             low, middle, high = (table[prefix + name] for name in _PERCENTILES)
@@ -84,13 +84,10 @@ def drift(low: Sequence[float], middle: Sequence[float], high: Sequence[float]) 
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
-    effects = {}
-    for part, scope in _PARTS.items():
-        # Nothing is less stable than what diverged.
-        drifts = by_seed(frame, f"drift, {scope}").fillna(np.inf)
-        with np.errstate(invalid="ignore"):  # Of ∞/∞.
-            effects[part] = np.log2(drifts["plain"] / drifts["batch"]).tolist()
-    return effects
+    return {
+        part: doublings(frame, f"drift, {scope}", "batch", "plain")
+        for part, scope in _PARTS.items()
+    }
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -159,7 +156,7 @@ CLAIM = Claim(
     effects=_effects,
     chart=_chart,
     disagreement=(
-        "This is one meaning of covariate shift. Santurkar et al., 2018, measure another, how much "
-        "a layer's gradient changes when the layers before it are updated."
+        "This is one meaning of covariate shift. Santurkar and others, 2018, measure another: how "
+        "much a layer's gradient changes when the layers before it are updated."
     ),
 )
