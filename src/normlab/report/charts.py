@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHARTS",
     "DARK",
+    "PALETTE",
     "SPLITS",
     "chart",
     "colors",
@@ -51,6 +52,8 @@ DARK = {
     "#8a7d00": "#d6c94a",
 }
 """The colours of arms, each with the one that a dark page shows in its place."""
+PALETTE = tuple(DARK)
+"""The colours of arms, the baseline's first."""
 
 # Colour is never the only thing that tells two arms apart.
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
@@ -65,8 +68,7 @@ def colors(comparison: Comparison) -> dict[str, str]:
 
 def palette(arms: tuple[str, ...]) -> dict[str, str]:
     """Return a colour for each arm, the baseline's first."""
-    known = tuple(DARK)
-    return {arm: known[i % len(known)] for i, arm in enumerate(arms)}
+    return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
 
 
 def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:

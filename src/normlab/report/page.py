@@ -17,7 +17,7 @@ from normlab.report.inside import inside_charts
 from normlab.report.layers import layers_html
 from normlab.report.published import published_sentence, published_table
 from normlab.report.raw import raw
-from normlab.report.sensitivity import chosen_sentence, range_sentences
+from normlab.report.sensitivity import chosen_sentence
 from normlab.report.table import evidence_table, html_table
 from normlab.report.wording import duration, headline, sentence
 from normlab.study import Comparison
@@ -219,9 +219,9 @@ def downloads() -> str:
 
 
 def _rates(comparison: Comparison) -> str:
-    """Return what is to be said of learning rates; nothing if there is one."""
-    sentences = [*range_sentences(comparison), chosen_sentence(comparison)]
-    return "".join(f"<p>{escape(each)}</p>" for each in sentences if each)
+    """Return which learning rates are reported; nothing if there is one."""
+    told = chosen_sentence(comparison)
+    return f"<p>{escape(told)}</p>" if told else ""
 
 
 def _evidence(comparison: Comparison) -> str:

@@ -146,11 +146,15 @@ def sensitivity_chart(comparison: Comparison, color: alt.Color, title: str) -> a
         "end there",
         "diamond: the rate that most seeds are reported at",
     ]
-    ranges = [line for one in range_sentences(comparison) for line in wrap(one, _LINE)]
+    sentences = range_sentences(comparison)
+    ranges = [line for one in sentences for line in wrap(one, _LINE)]
     return (
         alt.vconcat(_accuracies(comparison, color), _bars(comparison, color), spacing=14)
         .resolve_scale(x="shared")
-        .properties(title=alt.TitleParams(title, subtitle=[*said, *ranges], anchor="start"))
+        .properties(
+            title=alt.TitleParams(title, subtitle=[*said, *ranges], anchor="start"),
+            description=" ".join([f"{title}.", *sentences]),
+        )
     )
 
 
