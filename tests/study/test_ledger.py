@@ -303,8 +303,30 @@ def test_a_full_disk_keeps_what_was_measured(tmp_path):
 def test_a_ledger_of_another_version_is_refused_and_left_alone(tmp_path):
     fill(tmp_path)
     with sqlite3.connect(tmp_path / FILENAME) as connection:
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA user_version = 2")
     connection.close()
     for use in (Ledger.read(tmp_path), Ledger.write(tmp_path, STUDY)):
         with pytest.raises(LedgerError, match="is of another version of normlab: use that"), use:
             pass
+
+
+@pytest.mark.parametrize(("version", "lacking"), [(3, ["histogram", "probe"]), (4, ["probe"])])
+def test_an_older_ledger_is_read_as_it_is_and_gone_on_with(version, lacking, tmp_path):
+    fill(tmp_path, Measurement(FIRST, 10, 1, VALUES), Outcome(FIRST, "done", 10, 2.5))
+    with sqlite3.connect(tmp_path / FILENAME) as connection:
+        for table in lacking:
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    before, replicas = (tmp_path / FILENAME).read_bytes(), read(tmp_path, "replica")
+    assert replicas
+    assert [read(tmp_path, table) for table in lacking] == [[] for _ in lacking]
+    assert (tmp_path / FILENAME).read_bytes() == before
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        assert ledger.rows("replica") == replicas
+        assert [ledger.rows(table) for table in lacking] == [[] for _ in lacking]
+    with sqlite3.connect(tmp_path / FILENAME) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (5,)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        assert set(lacking) <= tables
+    connection.close()

@@ -28,7 +28,24 @@ _LOCK = "ledger.lock"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
 _VERSION = 5  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
-_SCHEMA = """
+_ADDED = {
+    4: """
+CREATE TABLE histogram (
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
+    layer TEXT, name TEXT, low REAL NOT NULL, high REAL NOT NULL, counts TEXT NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, step, layer, name)
+) WITHOUT ROWID
+""",
+    5: """
+CREATE TABLE probe (
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
+    probe TEXT, layer TEXT, name TEXT, value REAL NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, step, probe, layer, name)
+) WITHOUT ROWID
+""",
+}
+"""Tables that earlier versions lack, by the version that has them; from 3 on that is all."""
+_SCHEMA = f"""
 CREATE TABLE study (declaration TEXT NOT NULL);
 CREATE TABLE own (field TEXT PRIMARY KEY, digest TEXT NOT NULL);
 CREATE TABLE session (
@@ -47,16 +64,8 @@ CREATE TABLE measurement (
     split TEXT, metric TEXT, value REAL NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
 ) WITHOUT ROWID;
-CREATE TABLE histogram (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    layer TEXT, name TEXT, low REAL NOT NULL, high REAL NOT NULL, counts TEXT NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, step, layer, name)
-) WITHOUT ROWID;
-CREATE TABLE probe (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    probe TEXT, layer TEXT, name TEXT, value REAL NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, step, probe, layer, name)
-) WITHOUT ROWID;
+{_ADDED[4]};
+{_ADDED[5]};
 CREATE TABLE layer (
     arm TEXT, place INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, shape TEXT NOT NULL,
     parameters INTEGER NOT NULL, PRIMARY KEY (arm, place)
@@ -206,7 +215,7 @@ class Ledger:
         if application_id != _APPLICATION_ID:
             raise LedgerError(f"{self.path} is not a ledger of normlab: move it away to start anew")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version != _VERSION:
+        if not min(_ADDED) - 1 <= version <= _VERSION:
             raise LedgerError(
                 f"{self.path} is of another version of normlab: use that one, or move it away to "
                 "start anew"
@@ -215,6 +224,11 @@ class Ledger:
         if verdict != "ok":
             found = " ".join(verdict.split())
             raise LedgerError(f"{self.path} is damaged ({found}): move it away to start anew")
+
+    def _lacking(self) -> list[str]:
+        """Return the statements that make the tables which this file is too old to have."""
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        return [statement for since, statement in _ADDED.items() if since > version]
 
     def _prepare(self, study: Study, own: Mapping[str, str]) -> None:
         is_new = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -231,6 +245,11 @@ class Ledger:
                 self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
                 self._connection.executemany("INSERT INTO own VALUES (?, ?)", own.items())
                 self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+        elif lacking := self._lacking():
+            with self._transaction():
+                for statement in lacking:
+                    self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         held = self.study
         if held.fingerprint != study.fingerprint:
@@ -392,6 +411,8 @@ class Ledger:
             table: `measurement`, `histogram`, `probe`, `replica`, `engine`, `session`, `layer` or
                 `learned`.
         """
+        if any(f"CREATE TABLE {table} " in statement for statement in self._lacking()):
+            return []
         order = {
             "measurement": f"{_REPLICA}, step, split, metric",
             "histogram": f"{_REPLICA}, step, layer, name",
