@@ -203,7 +203,7 @@ def test_the_lines_are_the_frames_on_a_scale_of_errors(ended):
     (line,) = marks(spec, type="line")
     assert (line["encoding"]["x"]["field"], line["encoding"]["y"]["field"]) == ("lr", "error_mean")
     scale = line["encoding"]["y"]["scale"]
-    assert (scale["type"], scale["reverse"]) == ("log", True)
+    assert (scale["type"], scale["reverse"], scale["nice"]) == ("log", True, False)
     # From the top of batch's band to where plain's lines end, with a little room.
     ends = min(one["error_high"] or 1 for one in drawn) / 1.1, 0.5 * 1.1
     assert scale["domain"] == pytest.approx(ends)

@@ -184,7 +184,9 @@ def _accuracies(comparison: Comparison, color: alt.Color) -> alt.LayerChart:
     y = alt.Y(
         "error_mean:Q",
         title="error",
-        scale=alt.Scale(type="log", reverse=True, domain=[ends[0] / 1.1, ends[1] * 1.1]),
+        scale=alt.Scale(
+            type="log", reverse=True, nice=False, domain=[ends[0] / 1.1, ends[1] * 1.1]
+        ),
         axis=alt.Axis(
             title="accuracy (errors, log scale)",
             values=_TICKS,
