@@ -14,7 +14,9 @@ HOSTILE = "<b>&amp;"
 @pytest.fixture(scope="module")
 def two(compared):
     """Two runs of studies that differ in arms, epochs and confidence."""
-    other = compared(arms=["layer", "batch"], epochs=2, confidence=0.9, seeds=5, name="other")
+    other = compared(
+        arms=["layer", "batch"], epochs=2, confidence=0.9, seeds=5, name="other", noise=0.01
+    )
     return [compared(), other]
 
 
@@ -49,6 +51,10 @@ def test_all_intervals_are_drawn_on_one_scale(page):
     zeros = {re.findall('<line x1="(.*?)"', row)[0] for row in rows}
     assert len(dots) == 2
     assert len(zeros) == 1
+    ends = [float(x) for row in rows for x in re.findall(r'<line x1="(.*?)"', row)[1:]]
+    ends += [float(x) for row in rows for x in re.findall(r' x2="(.*?)"', row)[1:]]
+    assert max(ends) == 172.0
+    assert min(ends) >= 8.0
 
 
 def test_the_page_says_that_runs_are_not_judged_against_each_other(two, page):
@@ -113,6 +119,9 @@ def test_the_page_is_written_in_one_step_and_a_failure_is_told(two, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_no_text_of_a_study_becomes_markup(compared):
-    page = runs_html([compared(seeds=1, name=HOSTILE), compared(seeds=1, epochs=1)])
+def test_no_name_of_a_folder_becomes_markup(make_run, tmp_path):
+    folder = make_run(seeds=1, epochs=1)
+    shutil.copytree(folder, tmp_path / HOSTILE)
+    page = runs_html([Comparison(folder), Comparison(tmp_path / HOSTILE)])
     assert HOSTILE not in page
+    assert "made-up (&lt;b&gt;&amp;amp;)" in page

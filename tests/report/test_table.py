@@ -153,6 +153,8 @@ def test_the_html_table_shows_and_marks_the_verdicts(four):
     assert table.bodies[3][2][5].text == ".094"  # .031, as one of three comparisons.
     marks = [row[-1].attributes["class"] for row in table.bodies[0][1:]]
     assert marks == ["baseline", "better", "inconclusive", "worse"]
+    sized = [one for one in four.verdicts if one.difference is not None]
+    assert html_table(four).count("<circle") == len(sized) > 0
 
 
 def test_without_validation_data_there_is_no_metric_of_it(compared):

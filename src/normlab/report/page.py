@@ -212,7 +212,7 @@ def downloads() -> str:
         for what in ("measurements", "replicas")
     )
     return (
-        f'<p class="downloads" hidden>{buttons}</p>'
+        f'<p class="downloads" hidden>{buttons} <span></span></p>'
         "<p>Every measurement, and what each replica ended with, as a command writes them from a "
         "run's folder: <code>normlab export FOLDER --to csv</code></p>"
     )

@@ -18,6 +18,7 @@ from normlab.report.page import CURVES, controls, downloads, session_rows
 from normlab.report.raw import raw
 from normlab.report.wording import difference, headline, interval, mean_and_sd, word
 from normlab.study import Comparison
+from normlab.training import Recipe
 
 if TYPE_CHECKING:
     import altair as alt
@@ -161,7 +162,8 @@ def _differences(runs: Mapping[str, Comparison]) -> str:
     declared = [one.study.model_dump(mode="json") for one in runs.values()]
     rows = [
         (field, [_value(each[field]) for each in declared])
-        for field in declared[0]
+        # As in a declaration: what is compared first, then how it is trained.
+        for field in sorted(declared[0], key=lambda field: field in Recipe.model_fields)
         if field != "description" and any(each[field] != declared[0][field] for each in declared)
     ]
     if not rows:

@@ -187,7 +187,12 @@ window.normlab = (() => {
       }
       if (state !== null) apply(form, state);
     }
-    for (const one of document.querySelectorAll(".downloads")) one.hidden = false;
+    const left = (data.runs ?? []).reduce((sum, run) => sum + run.left_out, 0);
+    for (const one of document.querySelectorAll(".downloads")) {
+      one.hidden = false;
+      one.querySelector("span").textContent = left === 0 ? ""
+        : `Without the measurements of ${left} replicas, for which this page has no room.`;
+    }
     views.forEach(view => view.finalize());
     views = [];
     for (const [name, packed] of Object.entries(data.specs)) {
