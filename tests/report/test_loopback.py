@@ -1,13 +1,14 @@
 import http.client
 import re
 import socket
+import struct
 import time
 from contextlib import ExitStack
 
 import pytest
 
 from normlab.errors import InputError
-from normlab.report.loopback import Loopback
+from normlab.report.loopback import Loopback, _Handler
 
 
 def broken():
@@ -73,6 +74,8 @@ def test_head_has_the_headers_alone(ask):
     status, headers, content = ask("HEAD")
     assert (status, content) == (200, b"")
     assert headers == ask()[1]
+    request = f"HEAD {ask.root} HTTP/1.1\r\nHost: 127.0.0.1:{ask.port}\r\n\r\n"
+    assert raw(ask.port, request.encode()).endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,7 @@ def test_a_page_that_fails_says_why_and_the_others_are_there(ask, capfd):
 
 
 def test_clients_that_send_nothing_are_in_nobodys_way_and_do_not_stay(ask, monkeypatch):
+    assert 1 <= _Handler.timeout <= 30
     monkeypatch.setattr("normlab.report.loopback._Handler.timeout", 1.0)
     with ExitStack() as stack:
         connect = socket.create_connection
@@ -196,6 +200,19 @@ def test_a_client_that_does_not_take_its_answer_is_in_nobodys_way(monkeypatch, c
     assert capfd.readouterr() == ("", "")
 
 
+def test_nothing_is_said_of_a_client_that_goes_away(capfd):
+    with Loopback({"": lambda: ("text/plain", b"x" * 50_000_000)}) as server:
+        port, root = TOKEN.fullmatch(server.address).groups()
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as client:
+                # It does not say goodbye.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(f"GET {root} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                client.recv(1)
+        time.sleep(0.3)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_end_of_a_server_waits_for_no_client():
     with Loopback(PAGES) as server:
         client = socket.create_connection(server.server_address, timeout=10)
@@ -211,6 +228,7 @@ def test_a_port_can_be_chosen_and_is_refused_while_it_is_in_use(server):
         Loopback(PAGES, port)
     with Loopback(PAGES) as other:
         free = other.server_address[1]
+        raw(free, b"GET / HTTP/1.1\r\n\r\n")
     with Loopback(PAGES, free) as again:
         assert again.address.startswith(f"http://127.0.0.1:{free}/")
 
