@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normlab.claims.charts import lines
-from normlab.data import gather, load
+from normlab.claims.material import NO_EPS, images
 from normlab.layers import BatchNorm1d
 from normlab.streams import stream
 
@@ -29,7 +29,6 @@ __all__ = [
     "growth",
     "growth_chart",
     "hidden",
-    "images",
     "relative",
     "weights",
 ]
@@ -39,9 +38,6 @@ FITTED = (10, 30)
 """The layers that growth is fitted over: below them the images are still felt, and above the
 loss."""
 SQUARED = "‖∂L/∂h‖²"
-
-# As good as none beside variances near 1, in float32 too; batch norm wants one above zero.
-_EPS = 1e-30
 
 
 class Hidden(NamedTuple):
@@ -54,27 +50,6 @@ class Hidden(NamedTuple):
 
     before: list[Tensor]
     after: list[Tensor]
-
-
-def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return training images of MNIST, drawn for a seed.
-
-    A larger draw of the same seed begins with a smaller one.
-
-    Args:
-        seed: Of the draw.
-        count: How many.
-
-    Returns:
-        float32 in 0..1, shape (count, 784), and their labels.
-
-    >>> images(0, 4)[0].shape
-    torch.Size([4, 784])
-    """
-    dataset = load("mnist")
-    order = torch.randperm(dataset.train_size, generator=stream(seed, "claims", "images"))
-    chosen = order[:count]
-    return gather(dataset.images, chosen, "0..1").flatten(1), dataset.labels[chosen]
 
 
 def weights(seed: int, width: int, depth: int, gain: float) -> list[Tensor]:
@@ -110,8 +85,7 @@ def hidden(x: Tensor, weights: Sequence[Tensor], *, norm: bool, relu: bool) -> H
         x = F.linear(x, weight)
         before.append(x)
         if norm:
-            options = {"eps": _EPS, "affine": False, "track_running_stats": False}
-            x = BatchNorm1d(len(weight), **options)(x)
+            x = BatchNorm1d(len(weight), NO_EPS, affine=False, track_running_stats=False)(x)
         if relu:
             x = F.relu(x)
         after.append(x)
@@ -131,7 +105,7 @@ def gradients(
         relu: As for `hidden`.
     """
     x, labels = images(seed, count)
-    x = x.to(weights[0].dtype).requires_grad_()
+    x = x.flatten(1).to(weights[0].dtype).requires_grad_()
     layers = hidden(x, weights, norm=norm, relu=relu)
     last = layers.after[-1]
     readout = torch.randn(10, last.shape[1], generator=stream(seed, "claims", "readout"))
