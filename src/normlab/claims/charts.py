@@ -30,9 +30,11 @@ def lines(
 ) -> alt.LayerChart:
     """Draw a value over `at`: the mean over seeds, with the 95% interval of each point.
 
+    On a logarithmic scale of values, that of their logarithms: the interval then stays above zero.
+
     Args:
-        frame: Columns `seed`, `arm`, `quantity`, `at` and `value`; a value that is not finite is
-            left out, and with it its seed at that place.
+        frame: Columns `seed`, `arm`, `quantity`, `at` and `value`; a value that is not finite, or
+            not above zero on a logarithmic scale, is left out, and with it its seed at that place.
         title: What is shown.
         x: What `at` is.
         y: What the value is.
@@ -49,8 +51,12 @@ def lines(
 
     finite = frame[np.isfinite(frame["value"])]
     rows = []
+    if log_y:
+        finite = finite[finite["value"] > 0]
     for (arm, at), group in finite.groupby([by, "at"]):
-        mean, low, high = map(float, mean_interval(group["value"].to_numpy()))
+        values = group["value"].to_numpy()
+        interval = np.exp(mean_interval(np.log(values))) if log_y else mean_interval(values)
+        mean, low, high = map(float, interval)
         rows.append({by: arm, "at": at, "mean": mean, "low": low, "high": high, "n": len(group)})
     data = pd.DataFrame(rows, columns=[by, "at", "mean", "low", "high", "n"])
     shades = palette(tuple(arms))
@@ -75,12 +81,14 @@ def lines(
             color=shades[arms[0]], strokeDash=[4, 4]
         )
         layers.append(rule.encode(y=alt.Y("expected:Q", scale=scale)))
-    seeds = frame["seed"].nunique()
+    seeds, kind = frame["seed"].nunique(), "geometric mean" if log_y else "mean"
     return alt.layer(*layers).properties(
         width=480,
         height=260,
         title=alt.TitleParams(
-            title, subtitle=f"mean of {seeds} seeds; band: pointwise 95% interval", anchor="start"
+            title,
+            subtitle=f"{kind} of {seeds} seeds; band: pointwise 95% interval",
+            anchor="start",
         ),
     )
 

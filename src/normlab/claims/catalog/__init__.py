@@ -3,12 +3,20 @@
 from normlab.claims.catalog import (
     accuracy,
     adaptation,
+    batch_independence,
+    decay_is_rate,
     deep_sigmoid,
     dropout_rival,
     dropout_shift,
     faster,
+    gradient_explosion,
     identity,
+    identity_bias,
+    linear_explosion,
     precise_bn,
+    rank,
+    redundant_bias,
+    scale_invariance,
     stable_inputs,
 )
 from normlab.claims.claim import Claim
@@ -19,6 +27,14 @@ CLAIMS: dict[str, Claim] = {
     each.CLAIM.name: each.CLAIM
     for each in (
         identity,
+        redundant_bias,
+        batch_independence,
+        scale_invariance,
+        decay_is_rate,
+        gradient_explosion,
+        linear_explosion,
+        identity_bias,
+        rank,
         dropout_shift,
         precise_bn,
         adaptation,
