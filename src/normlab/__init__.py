@@ -84,7 +84,7 @@ if not TYPE_CHECKING:  # A checker that saw this would take any misspelt name fo
             value = getattr(_import_module(f"normlab.{_HOMES[name]}"), name)
             globals()[name] = value  # The next look-up finds it without coming here.
             return value
-        if name in _HOMES.values():
+        if name in {*_HOMES.values(), "claims"}:
             return _import_module(f"normlab.{name}")
         raise AttributeError(f"module 'normlab' has no attribute {name!r}")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import operator
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from functools import reduce
 from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,7 @@ from rich.console import Console
 
 import normlab
 from normlab import report as reports
+from normlab.cli_claims import Claims
 from normlab.cli_data import Data, Json
 from normlab.cli_doctor import Doctor
 from normlab.errors import FetchError, InputError, NormlabError
@@ -251,6 +254,10 @@ class Bench:
         print(json.dumps(benchmark.to_json(), indent=2) if self.json else benchmark)
 
 
+_COMMANDS = (Compare, Report, Export, Inspect, Doctor, Claims, Studies, Data, Bench)
+_COMMAND: Any = reduce(operator.or_, _COMMANDS)  # The union of them, which tyro reads.
+
+
 def _print(comparison: normlab.Comparison, as_json: bool) -> None:
     if as_json:
         print(json.dumps(comparison.summary(), indent=2, allow_nan=False))
@@ -305,8 +312,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                # A union of classes is a form of type to tyro, and to the checker it is none.
-                Compare | Report | Export | Inspect | Doctor | Studies | Data | Bench,  # type: ignore[arg-type]
+                _COMMAND,
                 prog="normlab",
                 description="Does normalization help your network? Compare it with and without, "
                 "over many seeds. (--version prints the version.)",
@@ -320,10 +326,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         lines = (line.strip("│╭╮╰╯|+ ") for line in complaint.getvalue().splitlines())
         below_title = dropwhile(_is_rule, islice(lines, 1, None))
         words = takewhile(lambda line: not _is_rule(line), below_title)
-        command = f"{arguments[0]} " * (
-            arguments[0]
-            in ("compare", "report", "export", "inspect", "doctor", "studies", "data", "bench")
-        )
+        known = {each.__name__.lower() for each in _COMMANDS}
+        command = f"{arguments[0]} " * (arguments[0] in known)
         raise InputError(f"{' '.join(words)}; see normlab {command}--help") from None
 
 

@@ -6,7 +6,7 @@
 """
 
 from normlab.claims.catalog import CLAIMS
-from normlab.claims.check import FOLDER, check, last
+from normlab.claims.check import FOLDER, check, find, last
 from normlab.claims.claim import Claim, Part, Row
 from normlab.claims.evidence import Evidence
 from normlab.claims.page import page
@@ -23,6 +23,7 @@ __all__ = [
     "Row",
     "Work",
     "check",
+    "find",
     "last",
     "page",
     "told",

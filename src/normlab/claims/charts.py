@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normlab.report.charts import PALETTE
 from normlab.statistics import mean_interval
@@ -24,6 +24,7 @@ def lines(
     arms: Sequence[str],
     log_x: bool = False,
     log_y: bool = False,
+    symlog_x: bool = False,
     expected: float | None = None,
     by: str = "arm",
 ) -> alt.LayerChart:
@@ -38,6 +39,7 @@ def lines(
         arms: In the order of their colours; the first is grey.
         log_x: Whether `at` is shown on a logarithmic scale.
         log_y: Whether the value is.
+        symlog_x: Whether `at` is, but for a place at 0.
         expected: Where a line is drawn that a text or a formula gives.
         by: The column whose values the lines are: `arm` or `quantity`.
     """
@@ -56,8 +58,9 @@ def lines(
         scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
         legend=alt.Legend(title=None, orient="top"),
     )
+    kind: Any = "log" if log_x else "symlog" if symlog_x else None
     base = alt.Chart(data).encode(
-        x=alt.X("at:Q", title=x, scale=alt.Scale(type="log") if log_x else alt.Undefined),
+        x=alt.X("at:Q", title=x, scale=alt.Scale(type=kind) if kind else alt.Undefined),
         color=color,
     )
     scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from normlab import study as studies
@@ -39,7 +40,7 @@ def check(
     quick: bool = False,
     out: str | Path = FOLDER,
     workers: int = 1,
-    watcher: Callable[[studies.Study], studies.Watcher] | None = None,
+    watcher: Callable[[studies.Study], AbstractContextManager[studies.Watcher]] | None = None,
     seen: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Test a claim on real data: measure the seeds that its ledger lacks, and say what came of it.
@@ -50,7 +51,7 @@ def check(
         out: Folder for the ledger and what is trained on the way. Called again with it, this goes
             on where it stopped.
         workers: Processes to train in; the numbers do not depend on it.
-        watcher: Follows the training of a study, if the claim needs one.
+        watcher: Makes what follows the training of a study, if the claim needs one.
         seen: Told how many seeds are measured, and of how many.
 
     Returns:
@@ -61,10 +62,11 @@ def check(
         LedgerError: The ledger is damaged, or the disk is full.
 
     >>> import tempfile
-    >>> check("identity", quick=True, out=tempfile.mkdtemp()).verdict
+    >>> check("identity", out=tempfile.mkdtemp()).verdict
     'supported'
     """
     claim = find(name)
+    quick = quick and not claim.is_cheap
     with Ledger.write(Path(out)) as ledger:
         done = ledger.kept(claim, quick)
         missing = tuple(seed for seed in claim.seeds if seed not in done)

@@ -71,6 +71,7 @@ class Claim:
         chart: Draws all the rows.
         disagreement: What to say plainly of a text that says otherwise, if one does.
         seeds: On which it rests.
+        is_cheap: Whether there are no fewer steps for a quick run, which then is a full one.
     """
 
     name: str
@@ -85,3 +86,4 @@ class Claim:
     chart: Callable[[pd.DataFrame], alt.TopLevelMixin]
     disagreement: str = ""
     seeds: tuple[int, ...] = SEEDS
+    is_cheap: bool = False

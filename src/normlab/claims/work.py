@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +21,18 @@ class Work:
         quick: Whether fewer steps will do.
         folder: For ledgers of studies and trained networks; other claims use them too.
         workers: Processes to train in.
-        watcher: Follows the training of a study, and is told its name first; None for nobody.
+        watcher: Makes what follows the training of a study; None for nobody.
     """
 
     seeds: tuple[int, ...]
     quick: bool
     folder: Path
     workers: int = 1
-    watcher: Callable[[studies.Study], studies.Watcher] | None = None
+    watcher: Callable[[studies.Study], AbstractContextManager[studies.Watcher]] | None = None
 
     def compare(self, study: studies.Study) -> studies.Comparison:
         """Return a study's comparison, after training what its ledger lacks."""
         folder = self.folder / f"{study.name}-{study.fingerprint[:8]}"
-        watcher = self.watcher(study) if self.watcher else None
-        studies.run(study, folder, workers=self.workers, watcher=watcher)
+        with self.watcher(study) if self.watcher else nullcontext() as watcher:
+            studies.run(study, folder, workers=self.workers, watcher=watcher)
         return studies.Comparison(folder)
