@@ -117,7 +117,7 @@ def _with_overrides() -> type[_Compare]:
     """
     options: list[tuple[str, Any, Any]] = []
     for name in _OVERRIDES:
-        several = name in ("arms", "lr", "weight_decay", "seeds")
+        several = name in ("arms", "lr", "weight_decay", "seeds", "probes")
         argument = tyro.conf.arg(
             help=Study.model_fields[name].description,
             metavar="VALUE ..." if several else "VALUE",

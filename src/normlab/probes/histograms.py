@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normlab.layers.norms import NORM_LAYERS
-from normlab.probes.outputs import outputs
+from normlab.probes.outputs import PASSING, outputs
 
 __all__ = ["Histogram", "histogram", "inside"]
 
 _BINS = 30  # As many as TensorBoard shows.
-# In eval mode they return what they get, which another layer has shown or the user knows.
-_PASSING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 class Histogram(NamedTuple):
@@ -78,7 +76,7 @@ def inside(
     found: dict[str, dict[str, Histogram]] = {}
 
     def see(name: str, layer: nn.Module, output: Any) -> None:
-        if name in found or isinstance(layer, _PASSING):
+        if name in found or isinstance(layer, PASSING):
             return
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return

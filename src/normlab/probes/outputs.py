@@ -10,7 +10,11 @@ from torch import nn
 
 from normlab.layers.norms import NORM_LAYERS
 
-__all__ = ["outputs"]
+__all__ = ["PASSING", "outputs"]
+
+PASSING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+"""Layers that return what they get (dropout in eval mode), which another layer has shown or the
+user knows."""
 
 
 @contextmanager

@@ -22,9 +22,10 @@ def export(comparison: Comparison, to: str, out: str | None = None) -> str:
 
     Args:
         comparison: What to write.
-        to: One of `FORMATS`. `csv` and `parquet` are two tables: `measurements`, one a row, with
-            the columns of `Comparison.frame`, and `replicas`, one a row, with those of
-            `Comparison.replicas`.
+        to: One of `FORMATS`. `csv` and `parquet` are tables: `measurements`, one a row, with the
+            columns of `Comparison.frame`; `replicas`, one a row, with those of
+            `Comparison.replicas`; and of a study with probes `probes`, one number a row, with those
+            of `Comparison.probes`.
         out: The folder to write to, made if need be: the run's own if none is given, and in it
             `tensorboard` for that. For `mlflow` a tracking URI; MLflow's own setting if none is
             given.
@@ -56,6 +57,8 @@ def _write_tables(comparison: Comparison, to: str, folder: Path) -> str:
     if to == "parquet":
         require("pyarrow", "parquet")
     tables = {"measurements": comparison.frame(), "replicas": comparison.replicas()}
+    if comparison.study.probes:
+        tables["probes"] = comparison.probes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():

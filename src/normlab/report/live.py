@@ -75,7 +75,7 @@ class Live:
             self._chosen(event)
         elif isinstance(event, Measurement):
             self._measured(event)
-        else:
+        elif isinstance(event, Outcome):
             self._ended(event)
         if self._progress:
             epochs = self._resumed * self._study.epochs + sum(self._epochs.values())

@@ -31,8 +31,9 @@ class TensorBoard:
     """A folder of event files.
 
     A run of TensorBoard's for each replica, such as `batch/lr=0.01/seed=3`, with its scalars, its
-    histograms (`output/LAYER`, and of norm layers `weight/LAYER` and `bias/LAYER`), its
-    hyperparameters, and when it has ended the numbers that it ended with; and three for each arm,
+    histograms (`output/LAYER`, and of norm layers `weight/LAYER` and `bias/LAYER`), what probes
+    read (`PROBE/LAYER/NAME`, or `PROBE/NAME` of the whole network), its hyperparameters, and when
+    it has ended the numbers that it ended with; and three for each arm,
     such as `batch/mean`, `batch/low` and `batch/high`, with the mean over the seeds that finished
     and the ends of its interval, as `Comparison.curves` gives them.
 
@@ -122,12 +123,13 @@ def _runs(comparison: Comparison) -> dict[str, list[bytes]]:
     """Return the records of every run that has something to show."""
     points, ended = courses(comparison), ends(comparison)
     runs = dict(_bands(comparison, points, ended))
-    histograms = _histograms(comparison)
+    histograms, readings = _histograms(comparison), _readings(comparison)
     for replica in comparison.study.replicas:
         course, end = points.get(replica, []), ended.get(replica)
         if course or end:
             name = run_name(comparison.study, replica)
-            runs[name] = _replica(comparison, replica, course, histograms[replica], end)
+            inside = histograms[replica], readings[replica]
+            runs[name] = _replica(comparison, replica, course, *inside, end)
     return runs
 
 
@@ -164,10 +166,11 @@ def _replica(
     comparison: Comparison,
     replica: Replica,
     course: Sequence[Point],
-    histograms: Mapping[int, Sequence[Any]],
+    histograms: Mapping[int, Any],
+    readings: Mapping[int, dict[str, float]],
     end: Mapping[str, Any] | None,
 ) -> list[bytes]:
-    """Return the records of a replica; histograms are summaries by step."""
+    """Return the records of a replica; histograms are summaries, and readings numbers, by step."""
     from tensorboard.plugins.hparams import summary_v2
 
     # One that diverged at once has no measurement to take the time from.
@@ -179,10 +182,15 @@ def _replica(
         _record(begun, summary=_experiment(comparison)),
         _record(begun, summary=start),
     ]
-    for point in course:
-        records.append(_scalars(point))
-        if point.step in histograms:
-            records.append(_record(point.time, step=point.step, summary=histograms[point.step]))
+    points, now = {point.step: point for point in course}, begun
+    for step in sorted({*points, *readings}):
+        if step in points:
+            now = points[step].time
+            records.append(_scalars(points[step]))
+        if step in histograms:
+            records.append(_record(now, step=step, summary=histograms[step]))
+        if step in readings:  # Its time is not kept: it is that of the measurement before it.
+            records.append(_scalars(Point(step, now, readings[step])))
     if end:
         last = course[-1].time if course else begun
         numbers = {f"hparam/{name}": value for name, value in finals(comparison, end).items()}
@@ -241,6 +249,16 @@ def _histograms(comparison: Comparison) -> dict[Replica, dict[int, Any]]:
             metadata=metadata,
             tensor=make_tensor_proto(buckets),
         )
+    return found
+
+
+def _readings(comparison: Comparison) -> dict[Replica, dict[int, dict[str, float]]]:
+    """Return what the probes of each replica read, by step and tag."""
+    found: dict[Replica, dict[int, dict[str, float]]] = defaultdict(dict)
+    for row in comparison.probes().to_dict("records"):
+        replica = Replica(*(row[name] for name in Replica._fields))
+        tag = "/".join(filter(None, (row["probe"], row["layer"], row["name"])))
+        found[replica].setdefault(row["step"], {})[tag] = row["value"]
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from normlab.errors import InputError
 from normlab.statistics import mean_interval
 from normlab.study.declaration import Study
-from normlab.study.inspection import histograms_frame, layers_frame, learned_frame
+from normlab.study.inspection import histograms_frame, layers_frame, learned_frame, probes_frame
 from normlab.study.ledger import Ledger
 from normlab.study.published import beside
 from normlab.study.verdicts import Metric, Verdict, judge
@@ -200,6 +200,23 @@ class Comparison:
         """
         with Ledger.read(self.folder) as ledger:
             return histograms_frame(ledger.rows("histogram"))
+
+    def probes(self) -> pd.DataFrame:
+        """Return what the study's probes read inside every replica, one number a row.
+
+        They are read from the ledger when asked for. What was not a finite number is not there.
+
+        Returns:
+            Columns `arm`, `lr`, `weight_decay`, `seed`, `step`, `epoch`, `probe` (a key of
+            `normlab.probes.PROBES`), `layer` (empty for the whole network), `name` and `value`, of
+            which the probe's own text has the formula.
+
+        Raises:
+            InputError: The ledger is gone.
+            LedgerError: It is damaged.
+        """
+        with Ledger.read(self.folder) as ledger:
+            return probes_frame(ledger.rows("probe"))
 
     def layers(self) -> pd.DataFrame:
         """Return the layers of each arm's network, and what its norms learned at what they report.

@@ -183,8 +183,12 @@ class Study(Recipe):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that is declared, but for the words that people read."""
-        declared = self.model_dump(mode="json", exclude=set(FOR_PEOPLE))
+        """A digest of all that is declared, but for the words that people read.
+
+        Of a study without probes it is what it was before there were any.
+        """
+        nothing = set() if self.probes else {"probes", "probe_every"}
+        declared = self.model_dump(mode="json", exclude={*FOR_PEOPLE, *nothing})
         return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
     @classmethod

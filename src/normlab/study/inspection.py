@@ -14,7 +14,7 @@ from normlab.training.networks import layers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["histograms_frame", "layers_frame", "layers_of", "learned_frame"]
+__all__ = ["histograms_frame", "layers_frame", "layers_of", "learned_frame", "probes_frame"]
 
 _LAYER = ["arm", "layer", "kind", "shape", "parameters"]
 
@@ -63,6 +63,14 @@ def histograms_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     columns = [*Replica._fields, "step", "epoch", "layer", "name", "low", "high", "counts"]
     frame = pd.DataFrame(list(rows), columns=columns)
     return frame.assign(counts=frame["counts"].map(json.loads))
+
+
+def probes_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a ledger's rows of what probes read as `Comparison.probes` has them."""
+    import pandas as pd
+
+    columns = ["arm", "lr", "weight_decay", "seed", "step", "epoch", "probe", "layer", "name"]
+    return pd.DataFrame(list(rows), columns=[*columns, "value"])
 
 
 def layers_frame(

@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 
 from normlab.errors import InputError, LedgerError
 from normlab.study.declaration import FOR_PEOPLE, Study
-from normlab.training import Choice, Engine, Event, Measurement, Replica
+from normlab.training import Choice, Engine, Event, Measurement, Reading, Replica
 from normlab.training.networks import Layer
 
 __all__ = ["FILENAME", "Ledger"]
 
 FILENAME = "ledger.sqlite"
 _APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
-_VERSION = 4  # Of the schema; also there.
+_VERSION = 5  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
 _SCHEMA = """
 CREATE TABLE study (declaration TEXT NOT NULL);
@@ -48,6 +48,11 @@ CREATE TABLE histogram (
     arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
     layer TEXT, name TEXT, low REAL NOT NULL, high REAL NOT NULL, counts TEXT NOT NULL,
     PRIMARY KEY (arm, lr, seed, weight_decay, step, layer, name)
+) WITHOUT ROWID;
+CREATE TABLE probe (
+    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
+    probe TEXT, layer TEXT, name TEXT, value REAL NOT NULL,
+    PRIMARY KEY (arm, lr, seed, weight_decay, step, probe, layer, name)
 ) WITHOUT ROWID;
 CREATE TABLE layer (
     arm TEXT, place INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, shape TEXT NOT NULL,
@@ -194,7 +199,7 @@ class Ledger:
                     "another folder with --out"
                 )
         with self._transaction():
-            for table in ("measurement", "histogram"):
+            for table in ("measurement", "histogram", "probe"):
                 self._connection.execute(
                     f"DELETE FROM {table} WHERE ({_REPLICA}) NOT IN "
                     f"(SELECT {_REPLICA} FROM replica)"
@@ -248,7 +253,8 @@ class Ledger:
         """Keep an event.
 
         Args:
-            event: A measurement, a replica's outcome, or the choice of an arm's engine.
+            event: A measurement, what probes read, a replica's outcome, or the choice of an arm's
+                engine.
             seconds: How long the session has taken so far.
         """
         with self._transaction():
@@ -268,6 +274,16 @@ class Ledger:
                         (*event[0], *event[1:3], layer, name, low, high, json.dumps(counts))
                         for layer, seen in event.histograms.items()
                         for name, (low, high, counts) in seen.items()
+                    ],
+                )
+            elif isinstance(event, Reading):
+                self._connection.executemany(
+                    "INSERT INTO probe VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*event.replica, event.step, event.epoch, probe, layer, name, value)
+                        for probe, layers in event.values.items()
+                        for layer, seen in layers.items()
+                        for name, value in seen.items()
                     ],
                 )
             elif isinstance(event, Choice):
@@ -326,11 +342,13 @@ class Ledger:
         """Return a table's rows in the order of its key.
 
         Args:
-            table: `measurement`, `histogram`, `replica`, `engine`, `session`, `layer` or `learned`.
+            table: `measurement`, `histogram`, `probe`, `replica`, `engine`, `session`, `layer` or
+                `learned`.
         """
         order = {
             "measurement": f"{_REPLICA}, step, split, metric",
             "histogram": f"{_REPLICA}, step, layer, name",
+            "probe": f"{_REPLICA}, step, probe, layer, name",
             "replica": _REPLICA,
             "engine": "arm",
             "session": "id",

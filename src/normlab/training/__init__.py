@@ -5,7 +5,7 @@ from normlab.training.engine import Event, run_replicas
 from normlab.training.evaluation import evaluate
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import build
-from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
+from normlab.training.recipe import Measurement, Outcome, Reading, Recipe, Replica, Setting
 from normlab.training.trainer import Evaluation, Trainer, train
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Fleet",
     "Measurement",
     "Outcome",
+    "Reading",
     "Recipe",
     "Replica",
     "Setting",

@@ -13,7 +13,7 @@ from torch import Tensor
 from normlab.errors import NormlabError
 from normlab.files import replace
 from normlab.probes import Histogram
-from normlab.training.recipe import Measurement, Outcome, Replica
+from normlab.training.recipe import FleetEvent, Measurement, Outcome, Reading, Replica
 
 __all__ = ["load", "save"]
 
@@ -24,7 +24,7 @@ def save(
     path: Path,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
-    events: Sequence[Measurement | Outcome],
+    events: Sequence[FleetEvent],
 ) -> None:
     """Write a checkpoint.
 
@@ -54,7 +54,7 @@ def save(
 
 def load(
     path: Path, tensors: Mapping[str, Tensor], *, engine: str
-) -> tuple[dict[str, Any], list[Measurement | Outcome]]:
+) -> tuple[dict[str, Any], list[FleetEvent]]:
     """Read a checkpoint into tensors; return its facts and events.
 
     Args:
@@ -84,17 +84,22 @@ def load(
     return facts, events
 
 
-def _to_json(event: Measurement | Outcome) -> dict[str, Any]:
+def _to_json(event: FleetEvent) -> dict[str, Any]:
     if isinstance(event, Outcome):
         return {"outcome": event}
+    if isinstance(event, Reading):
+        return {"reading": event}
     values = [[split, metric, value] for (split, metric), value in event.values.items()]
     return {"measurement": event[:3], "values": values, "histograms": event.histograms}
 
 
-def _from_json(event: dict[str, Any]) -> Measurement | Outcome:
+def _from_json(event: dict[str, Any]) -> FleetEvent:
     if "outcome" in event:
         replica, *rest = event["outcome"]
         return Outcome(Replica(*replica), *rest)
+    if "reading" in event:
+        replica, *rest = event["reading"]
+        return Reading(Replica(*replica), *rest)
     replica, step, epoch = event["measurement"]
     values = {(split, metric): value for split, metric, value in event["values"]}
     histograms = {

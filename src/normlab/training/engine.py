@@ -23,11 +23,11 @@ from normlab.processes import SharedTensor, Workers
 from normlab.training.choice import STACK, Choice, choose
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import build, check_alike
-from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
+from normlab.training.recipe import FleetEvent, Outcome, Recipe, Replica
 
 __all__ = ["Event", "build_fleet", "run_replicas"]
 
-Event = Choice | Measurement | Outcome
+Event = Choice | FleetEvent
 
 _LOOPED_UNIT = 3  # Replicas: enough to share what evaluation reads, few enough to share out evenly.
 
@@ -86,12 +86,14 @@ def run_replicas(
         ]
         if folder is not None:
             folder.mkdir(exist_ok=True)
-        seen: set[tuple[Replica, int | None]] = {(replica, None) for replica in finished}
+        ended, told = set(finished), set[tuple[type, Replica, int]]()
         for event in team.run(_train, units):
             # What a checkpoint holds, or a new worker does again, has been told before.
-            key = (event.replica, event.step if isinstance(event, Measurement) else None)
-            if key not in seen and (event.replica, None) not in seen:
-                seen.add(key)
+            key = (type(event), event.replica, event.step)
+            if key not in told and event.replica not in ended:
+                told.add(key)
+                if isinstance(event, Outcome):
+                    ended.add(event.replica)
                 yield event
     if folder is not None:
         shutil.rmtree(folder)
@@ -162,7 +164,7 @@ def _choose(bench: _Bench, arm: str, engine: str, fleet: int) -> Iterator[Choice
     yield choose(bench.recipe, bench.splits, arm, engine, fleet, build)
 
 
-def _train(bench: _Bench, *unit: Any) -> Iterator[Measurement | Outcome]:
+def _train(bench: _Bench, *unit: Any) -> Iterator[FleetEvent]:
     replicas, engine, checkpoint = Unit(*unit)
     fleet = build_fleet(bench.recipe, replicas, bench.splits, engine, bench.passes)
     return fleet.train(checkpoint)

@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normlab.data import Splits, gather
-from normlab.layers import NORM_LAYERS, draw_dropout_from
-from normlab.probes import Histogram, inside
+from normlab.layers import draw_dropout_from
+from normlab.probes import Histogram, inside, read
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
+from normlab.training.inside import PROBED, SHOWN, learned, spread
 from normlab.training.layout import channels_last, laid_out, may_have_channels_last
-from normlab.training.recipe import Measurement, Outcome, Recipe, Replica
+from normlab.training.recipe import FleetEvent, Measurement, Outcome, Reading, Recipe, Replica
+from normlab.training.schedule import Schedule
 from normlab.training.steps import Steps
 
 __all__ = ["Engine", "Fleet"]
 
 _SPAN = 50  # Steps in one call, in which nothing can interrupt it.
 _MASKS = 2**26  # Bytes of dropout masks that are drawn ahead.
-_SHOWN = 128  # Images that histograms of activations are made of.
 _Batch = tuple[program.Pass, int, int]
 """A batch's pass, and where in the shuffled epoch it starts and ends."""
 
@@ -83,7 +84,7 @@ class Fleet:
         self.replicas, self.recipe, self.splits, self.engine = replicas, recipe, splits, engine
         self.precision = precision or recipe.precision
         self.step, self.seconds = 0, 0.0
-        self.events: list[Measurement | Outcome] = []
+        self.events: list[FleetEvent] = []
         self.network = networks[0]
         self._names, self._buffer_names = program.state_names(self.network)
         named = [dict([*each.named_parameters(), *each.named_buffers()]) for each in networks]
@@ -96,7 +97,9 @@ class Fleet:
         for network, replica in zip(networks, replicas, strict=True):
             draw_dropout_from(stream(replica.seed, "dropout"), network)
             self._dropouts.append(program.dropouts_of(network))
-        # Sums over the samples trained on, and what they were when the epoch began.
+        # Sums of the batches' losses, smaller ones by their share, and of right answers; and what
+        # they were when the epoch began. Added up step by step, so that it makes no difference
+        # where training is stopped to look.
         self.losses = torch.zeros(len(replicas), dtype=torch.float64)
         self.hits = torch.zeros(len(replicas), dtype=torch.float64)
         self._begun = self.losses.clone(), self.hits.clone()
@@ -119,8 +122,8 @@ class Fleet:
         names = [*self._names, *self._buffer_names]
         return {name: value[replica] for name, value in zip(names, values, strict=True)}
 
-    def train(self, path: Path | None = None) -> Iterator[Measurement | Outcome]:
-        """Train to the end, yielding measurements and outcomes.
+    def train(self, path: Path | None = None) -> Iterator[FleetEvent]:
+        """Train to the end, yielding measurements, what probes read, and outcomes.
 
         Args:
             path: Where the state is kept after every epoch. If it is there already, training
@@ -132,40 +135,26 @@ class Fleet:
         if path is not None and path.exists():
             self._load(path)
             yield from self.events
-        every, last = self.recipe.evaluate_every, self.recipe.epochs * self.steps_per_epoch
+        schedule = Schedule.of(self.recipe, self.steps_per_epoch)
+        last = self.recipe.epochs * self.steps_per_epoch
         while self.step < last and self.alive:
-            started = time.perf_counter()
-            epoch_ends = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
-            begun = epoch_ends - self.steps_per_epoch
-            next_look = begun + ((self.step - begun) // every + 1) * every if every else epoch_ends
-            stop = min(epoch_ends, next_look)
-            self.advance(stop)
-            events = self._look()
-            self.events += events
+            started, known = time.perf_counter(), len(self.events)
+            if not self.step and schedule.probes(0):
+                self._read()
+            self.advance(schedule.next(self.step))
+            if schedule.evaluates(self.step):
+                self._look()
+            if schedule.probes(self.step):
+                self._read()
             self.seconds += time.perf_counter() - started
-            yield from events
-            if path is not None and self.step == epoch_ends and self.step < last:
+            yield from self.events[known:]
+            if path is not None and self.step % self.steps_per_epoch == 0 and self.step < last:
                 self._save(path)
-        share = self.seconds / len(self.replicas)
-        ends: list[Measurement | Outcome] = [
-            Outcome(self.replicas[r], "done", self.step, share, self._learned(r))
-            for r in self.alive
-        ]
-        self.events += ends
-        yield from ends
-
-    def _learned(self, replica: int) -> dict[str, dict[str, list[float]]]:
-        """Return what a replica's norm layers hold."""
-        state = self.state(replica)
-        norms = (name for name, m in self.network.named_modules() if isinstance(m, NORM_LAYERS))
-        return {
-            norm: {
-                name: state[f"{norm}.{name}"].flatten().tolist()
-                for name in ("weight", "bias", "running_mean", "running_var")
-                if f"{norm}.{name}" in state
-            }
-            for norm in norms
-        }
+        share, known = self.seconds / len(self.replicas), len(self.events)
+        for r in self.alive:
+            norms = learned(self.network, self.state(r))
+            self.events.append(Outcome(self.replicas[r], "done", self.step, share, norms))
+        yield from self.events[known:]
 
     def time_step(self, steps: int, rounds: int = 3) -> float:
         """Return the seconds that a replica's step takes: in the best of some rounds of steps.
@@ -296,7 +285,11 @@ class Fleet:
             self._optimizer.step(r, gradients)
             losses.append(loss)
             hits.append(right)
-        self.losses[r] += torch.stack(losses).double().sum() * (end - start)
+        share = (end - start) / self.recipe.batch_size
+        so_far = float(self.losses[r])
+        for loss in torch.stack(losses).tolist():
+            so_far += loss * share
+        self.losses[r] = so_far
         self.hits[r] += torch.stack(hits).sum()
 
     def _take_natively(self, r: int, run: Steps, batches: Iterable[_Batch]) -> None:
@@ -308,8 +301,10 @@ class Fleet:
             masks = [self._masks(r, end - start) for _ in span]
             fed = [torch.stack(each) for each in zip(*masks, strict=True)]
             fed.append(self._shuffled[r, start:last].view(len(span), -1))
-            losses, hits = run.train(self._inputs[r], fed, self._optimizer, r)
-            self.losses[r] += losses * (end - start)
+            share = (end - start) / self.recipe.batch_size
+            so_far = float(self.losses[r]) / share
+            losses, hits = run.train(self._inputs[r], fed, self._optimizer, r, so_far)
+            self.losses[r] = losses * share
             self.hits[r] += hits
 
     def _advance_all(self, stop: int) -> None:
@@ -319,7 +314,7 @@ class Fleet:
             stacked = [torch.stack(each) for each in zip(*masks, strict=True)]
             losses, *gradients, hits = run([*self._inputs[0], *stacked, batch])
             self._optimizer.step_all(gradients)
-            self.losses += losses * (end - start)
+            self.losses += losses.double() * ((end - start) / self.recipe.batch_size)
             self.hits += hits
 
     def _masks(self, r: int, size: int) -> list[Tensor]:
@@ -337,7 +332,7 @@ class Fleet:
 
     # ------------------------------------------------------------------- evaluation
 
-    def _look(self) -> list[Measurement | Outcome]:
+    def _look(self) -> None:
         """Evaluate on every split; a replica without finite numbers has diverged.
 
         Of the epoch's batches so far it is told, too, what they were like when they were trained
@@ -346,9 +341,10 @@ class Fleet:
         finite = self.losses.isfinite().tolist()
         looked_at = [r for r in self.alive if finite[r]]
         samples = self._samples_of_epoch()
+        batches = samples / self.recipe.batch_size
         values: dict[int, dict[tuple[str, str], float]] = {
             r: {
-                ("batches", "loss"): float(self.losses[r] - self._begun[0][r]) / samples,
+                ("batches", "loss"): float(self.losses[r] - self._begun[0][r]) / batches,
                 ("batches", "accuracy"): float(self.hits[r] - self._begun[1][r]) / samples,
             }
             for r in looked_at
@@ -359,22 +355,28 @@ class Fleet:
                 values[r] |= {(split, "loss"): loss, (split, "accuracy"): accuracy}
         epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
         inner = {} if into_epoch else self._histograms(looked_at)
-        events: list[Measurement | Outcome] = []
         for r in self.alive:
             replica, seen = self.replicas[r], values.get(r, {})
             if seen and all(map(math.isfinite, seen.values())):
-                events.append(Measurement(replica, self.step, epoch, seen, inner.get(r, {})))
+                self.events.append(Measurement(replica, self.step, epoch, seen, inner.get(r, {})))
             else:
                 share = self.seconds / len(self.replicas)
-                events.append(Outcome(replica, "diverged", self.step, share))
-        return events
+                self.events.append(Outcome(replica, "diverged", self.step, share))
 
     def _histograms(self, replicas: Sequence[int]) -> dict[int, dict[str, dict[str, Histogram]]]:
         """Return how the values inside replicas are distributed, in the mode of the moment."""
-        train = self.splits.indices["train"]
-        # From all over, for a folder has its images class by class.
-        x = self._images(train[:: max(1, len(train) // _SHOWN)][:_SHOWN])
+        x = self._images(spread(self.splits.indices["train"], SHOWN))
         return {r: inside(self.network, self.state(r), x) for r in replicas}
+
+    def _read(self) -> None:
+        """Let the probes measure the replicas that are trained."""
+        indices = spread(self.splits.indices["train"], PROBED)
+        x, y = self._images(indices), self.splits.dataset.labels[indices]
+        for r in self.alive:
+            replica = self.replicas[r]
+            values = read(self.recipe.probes, self.network, self.state(r), x, y, replica.lr)
+            epoch = self.step // self.steps_per_epoch
+            self.events.append(Reading(replica, self.step, epoch, values))
 
     def _samples_of_epoch(self) -> int:
         """Return how many samples of the epoch, running or just ended, were trained on."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -18,9 +19,9 @@ from normlab.data import SCALINGS, check_dataset
 from normlab.errors import InputError, did_you_mean
 from normlab.imports import is_function
 from normlab.networks import ACTIVATIONS, INITS, check_network
-from normlab.probes import Histogram
+from normlab.probes import PROBES, Histogram
 
-__all__ = ["Measurement", "Outcome", "Recipe", "Replica", "Setting"]
+__all__ = ["FleetEvent", "Measurement", "Outcome", "Reading", "Recipe", "Replica", "Setting"]
 
 
 class Setting(NamedTuple):
@@ -77,6 +78,23 @@ class Measurement(NamedTuple):
     histograms: dict[str, dict[str, Histogram]] = {}  # noqa: RUF012 - nobody adds to it
 
 
+class Reading(NamedTuple):
+    """What the probes of a replica read.
+
+    Attributes:
+        replica: Which one.
+        step: Optimizer steps taken.
+        epoch: Epochs finished.
+        values: By probe, layer (`""` is the whole network) and name, as `normlab.probes.read` gives
+            them.
+    """
+
+    replica: Replica
+    step: int
+    epoch: int
+    values: dict[str, dict[str, dict[str, float]]]
+
+
 class Outcome(NamedTuple):
     """How a replica ended.
 
@@ -84,7 +102,7 @@ class Outcome(NamedTuple):
         replica: Which one.
         status: `done`, or `diverged` if its loss ceased to be a finite number.
         step: The last step at which it was looked at.
-        seconds: Wall-clock time it took, evaluation included.
+        seconds: Wall-clock time it took, evaluation and probes included.
         learned: Of each norm layer, by its name in the network: `weight` (γ), `bias` (β),
             `running_mean` and `running_var`, as far as it has them; empty if it diverged.
     """
@@ -94,6 +112,14 @@ class Outcome(NamedTuple):
     step: int
     seconds: float
     learned: dict[str, dict[str, list[float]]] = {}  # noqa: RUF012 - nobody adds to it
+
+
+FleetEvent = Measurement | Reading | Outcome
+"""What the training of a fleet tells."""
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 class Recipe(BaseModel):
@@ -138,6 +164,12 @@ class Recipe(BaseModel):
     evaluate_every: int = Field(
         0, ge=0, description="Evaluate every so many steps of an epoch too; 0 for its end alone."
     )
+    probes: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        (), description=f"What is measured inside every replica: {', '.join(PROBES)}."
+    )
+    probe_every: int = Field(
+        0, ge=0, description="Probe at step 0 and every so many steps; 0 for the end of each epoch."
+    )
 
     @field_validator("dataset")
     @classmethod
@@ -162,6 +194,19 @@ class Recipe(BaseModel):
             )
         return value
 
+    @field_validator("probes")
+    @classmethod
+    def _are_probes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in PROBES:
+                raise InputError(
+                    f"unknown probe {name!r}{did_you_mean(name, PROBES)}: "
+                    f"known are {', '.join(PROBES)}"
+                )
+        if len(set(value)) < len(value):
+            raise InputError("each may be named once")
+        return value
+
     @field_validator("network")
     @classmethod
     def _is_a_network(cls, value: str) -> str:
@@ -184,6 +229,12 @@ class Recipe(BaseModel):
     def _momentum_has_an_optimizer(self) -> Recipe:
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"momentum={self.momentum} belongs to sgd, not {self.optimizer}")
+        return self
+
+    @model_validator(mode="after")
+    def _interval_has_probes(self) -> Recipe:
+        if self.probe_every and not self.probes:
+            raise InputError(f"probe_every={self.probe_every} belongs to probes: name some")
         return self
 
     def steps_per_epoch(self, train_size: int) -> int:

@@ -92,7 +92,12 @@ class Steps:
             return [each.clone() for each in self._results]
 
     def train(
-        self, state: Sequence[Tensor], fed: Sequence[Tensor], optimizer: Optimizer, replica: int
+        self,
+        state: Sequence[Tensor],
+        fed: Sequence[Tensor],
+        optimizer: Optimizer,
+        replica: int,
+        losses: float = 0.0,
     ) -> tuple[float, int]:
         """Take steps with a replica; return the sums of their losses and of their hits.
 
@@ -101,6 +106,7 @@ class Steps:
             fed: Those that are others in every step, stacked: dropout masks and indices.
             optimizer: Has the parameters, and moves them.
             replica: Which of its.
+            losses: The sum so far, to which theirs are added one by one.
         """
         columns, recipe = optimizer.columns(replica), optimizer.recipe
         setting = optimizer.settings[replica]
@@ -120,7 +126,7 @@ class Steps:
             columns.steps[0].data_ptr(),
         )
         with self._lock:
-            return self._run([*state, *fed], fed, len(fed[-1]), update)
+            return self._run([*state, *fed], fed, len(fed[-1]), update, losses)
 
     def _run(
         self,
@@ -128,10 +134,11 @@ class Steps:
         fed: Sequence[Tensor],
         steps: int,
         update: _Update | None,
+        losses: float = 0.0,
     ) -> tuple[float, int]:
         first = len(arguments) - len(fed)
         feeds = [_Feed(first + i, each[0].nbytes) for i, each in enumerate(fed)]
-        loss, hits = ctypes.c_double(), ctypes.c_int64()
+        loss, hits = ctypes.c_double(losses), ctypes.c_int64()
         _take_steps()(
             self._program,
             len(self._program),

@@ -19,7 +19,7 @@ from normlab.training import optimizers, program
 from normlab.training.evaluation import evaluate
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import own_dropouts
-from normlab.training.recipe import Measurement, Outcome, Recipe, Replica, Setting
+from normlab.training.recipe import FleetEvent, Recipe, Replica, Setting
 from normlab.training.steps import Steps
 
 __all__ = ["Evaluation", "Trainer", "train"]
@@ -246,8 +246,8 @@ def train(
     recipe: Recipe,
     splits: Splits,
     engine: Engine = PLAIN_ENGINE,
-) -> Iterator[Measurement | Outcome]:
-    """Train one network in place, yielding each measurement as it is made and the outcome.
+) -> Iterator[FleetEvent]:
+    """Train one network in place, yielding what is measured as it is measured, and the outcome.
 
     Args:
         network: With its first values; it has its last ones when the iterator ends. Its
