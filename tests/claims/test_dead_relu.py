@@ -11,6 +11,7 @@ from normlab.training import Recipe
 
 CLAIM = CLAIMS["dead-relu"]
 DIFFERENCE, LEVEL = CLAIM.parts
+FIRST, SHARE = "share of dead units before training", "share of dead units after training"
 
 
 def frame(rows):
@@ -50,13 +51,11 @@ def test_units_are_counted_at_the_rate_and_at_a_sixteenth_after_all_steps(monkey
 
     monkeypatch.setattr(dead_relu, "Fleet", Fleet)
     rows = dead_relu._shares(0, study, {0: 8.0})
-    assert [(row.arm, row.at) for row in rows] == [
-        *(("plain", 0.5), ("plain", 8.0)),
-        *(("batch", 0.5), ("batch", 8.0)),
-    ]
+    places = [(FIRST, 0), (SHARE, 0.5), (SHARE, 8.0)]
+    assert [row[:3] for row in rows] == [(a, *p) for a in ("plain", "batch") for p in places]
     assert steps == [6, 6]
     assert rows == dead_relu._shares(0, study, {0: 8.0})
-    assert rows[1].value > rows[0].value  # At the rate 8 the plain network's units do die.
+    assert rows[2].value > rows[1].value  # At the rate 8 the plain network's units do die.
 
 
 def test_a_seed_without_a_common_rate_has_failed():
@@ -69,10 +68,11 @@ def test_effects_are_points_at_the_larger_rate():
     found = CLAIM.effects(
         frame(
             [
-                *((1, "plain", "s", 0.5, 0.4), (1, "plain", "s", 8.0, 0.75)),
-                *((1, "batch", "s", 0.5, 0.3), (1, "batch", "s", 8.0, 0.25)),
-                *((0, "plain", "s", 0.25, 0.1), (0, "plain", "s", 4.0, 0.5)),
-                *((0, "batch", "s", 0.25, 0.1), (0, "batch", "s", 4.0, 0.125)),
+                *((1, "plain", SHARE, 0.5, 0.4), (1, "plain", SHARE, 8.0, 0.75)),
+                *((1, "batch", SHARE, 0.5, 0.3), (1, "batch", SHARE, 8.0, 0.25)),
+                *((0, "plain", SHARE, 0.25, 0.1), (0, "plain", SHARE, 4.0, 0.5)),
+                *((0, "plain", FIRST, 99.0, 0.9), (0, "batch", FIRST, 99.0, 0.9)),
+                *((0, "batch", SHARE, 0.25, 0.1), (0, "batch", SHARE, 4.0, 0.125)),
             ]
         )
     )
@@ -83,8 +83,8 @@ def test_effects_of_a_failed_seed_are_no_numbers():
     found = CLAIM.effects(
         frame(
             [
-                *((0, "plain", "s", math.nan, math.nan), (0, "batch", "s", math.nan, math.nan)),
-                *((1, "plain", "s", 8.0, 0.5), (1, "batch", "s", 8.0, 0.25)),
+                *((0, "plain", SHARE, math.nan, math.nan), (0, "batch", SHARE, math.nan, math.nan)),
+                *((1, "plain", SHARE, 8.0, 0.5), (1, "batch", SHARE, 8.0, 0.25)),
             ]
         )
     )

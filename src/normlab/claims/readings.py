@@ -38,13 +38,15 @@ def readings(
         values = np.log2(frame["value"]) if log else frame["value"]
     means = frame.assign(value=values).groupby(["arm", "seed", "step"])["value"].mean()
     found: dict[int, list[Row]] = {}
-    for replica in comparison.replicas().itertuples():
-        rows = found.setdefault(int(replica.seed), [])
-        if replica.status == "diverged":
-            rows.append(Row(str(replica.arm), quantity, float(replica.step), math.nan))
+    for replica in comparison.replicas().to_dict("records"):
+        arm, seed = replica["arm"], replica["seed"]
+        rows = found.setdefault(seed, [])
+        if replica["status"] == "diverged":
+            rows.append(Row(arm, quantity, float(replica["step"]), math.nan))
             continue
-        for step, value in means[replica.arm, replica.seed].items():
-            rows.append(Row(str(replica.arm), quantity, float(step), float(value)))
+        course = means.loc[arm, seed]
+        for step, value in zip(course.index.tolist(), course.tolist(), strict=True):
+            rows.append(Row(arm, quantity, float(step), value))
     return found
 
 

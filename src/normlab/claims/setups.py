@@ -98,14 +98,16 @@ def deep_linear() -> nn.Sequential:
 def deep_linear_inside(quick: bool) -> Study:
     """Return the study of `deep_linear`, with probes of its gradients.
 
+    Each of the many layers costs a pass through all of them, so it is read less often.
+
     Args:
-        quick: As for `fashion_inside`.
+        quick: 117 steps with a reading every 39, in place of 2,145 with one every 195.
     """
     return Study(
         name="claims-deep-linear",
         network=f"{__name__}:{deep_linear.__name__}",
         lr=0.01,
         probes="covariate-shift",
-        probe_every=26 if quick else 65,
-        **fashion(quick, epochs=5, quick_epochs=2),
+        probe_every=39 if quick else 195,
+        **fashion(quick, epochs=5, quick_epochs=1),
     )

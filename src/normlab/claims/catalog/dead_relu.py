@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.claims.catalog.max_learning_rate import accuracies, rates_that_train
-from normlab.claims.charts import scatter
+from normlab.claims.charts import dots, scatter
 from normlab.claims.claim import Claim, Part, Row
 from normlab.claims.effects import contrast
 from normlab.claims.parallel import by_seed
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CLAIM", "dead_share"]
 
 _ARMS = ("plain", "batch")
-_SHARE = "share of dead units"
+_FIRST, _SHARE = "share of dead units before training", "share of dead units after training"
 _DIFFERENCE, _LEVEL = "share without batch norm − share with it", "share with batch norm"
 _LOWER = 1 / 16  # Of the largest rate at which both train; what is usual for such a network.
 _POINTS = 100
@@ -89,6 +89,7 @@ def _shares(seed: int, study: Study, common: Mapping[int, float]) -> list[Row]:
     for arm in _ARMS:
         replicas = [Replica(arm, each, seed) for each in (rate * _LOWER, rate)]
         networks = [build(study, arm, seed, splits.dataset) for _ in replicas]
+        rows.append(Row(arm, _FIRST, 0, dead_share(networks[0], images, study.scaling)))
         engine = Engine("looped", "native" if BUILT else "traced")
         fleet = Fleet(networks, replicas, study, splits, engine)
         fleet.advance(study.epochs * fleet.steps_per_epoch)
@@ -99,19 +100,27 @@ def _shares(seed: int, study: Study, common: Mapping[int, float]) -> list[Row]:
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
+    frame = frame[frame["quantity"] == _SHARE]
     at_largest = frame.sort_values("at").groupby(["arm", "seed"])["value"].last() * _POINTS
     plain, batch = (at_largest[arm].sort_index().tolist() for arm in _ARMS)
     return {_DIFFERENCE: contrast(plain, batch), _LEVEL: batch}
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
-    return scatter(
-        frame,
-        title="Units that are zero on all of 10,000 test images",
-        x="learning rate",
-        y=_SHARE,
-        arms=_ARMS,
-        log_x=True,
+    import altair as alt
+
+    first, after = (frame[frame["quantity"] == each] for each in (_FIRST, _SHARE))
+    title = "Units that are zero on all of 10,000 test images, before training"
+    return alt.vconcat(
+        dots(first, title=title, x=_FIRST, arms=_ARMS),
+        scatter(
+            after,
+            title="The same after training at the largest common rate, and at a sixteenth of it",
+            x="learning rate",
+            y=_SHARE,
+            arms=_ARMS,
+            log_x=True,
+        ),
     )
 
 
@@ -121,16 +130,16 @@ _MARGIN = 5.0
 
 CLAIM = Claim(
     name="dead-relu",
-    statement="At learning rates at which many ReLUs of a plain network die, those of a network "
-    "with batch norm stay alive.",
-    source="Widely said; He, Zhang, Ren and Sun, 2016, for forward signals that do not vanish",
+    statement="At large learning rates many ReLUs of a plain network are dead, and those of a "
+    "network with batch norm are alive.",
+    source="Widely said",
     metric=f"{_SHARE}: of all hidden units those that are zero on each of 10,000 test images, in "
     "eval mode, after training at the largest rate at which both arms train, as max-learning-rate "
     "has it. In points.",
     published="None.",
     setup="Fashion-MNIST, 55,000 training images, a perceptron of 4×128 ReLUs, batch 128, SGD, "
-    "rates 1/16, 1/8, … 32, five epochs; shown too: a sixteenth of that rate. Quick: 15,000 images "
-    "and two epochs.",
+    "rates 1/16, 1/8, … 32, five epochs. Shown too: before training, and at a sixteenth of that "
+    "rate. Quick: 15,000 images and two epochs.",
     parts=(
         Part(_DIFFERENCE, "more", _MARGIN, "points"),
         Part(_LEVEL, "equal", _MARGIN, "points"),

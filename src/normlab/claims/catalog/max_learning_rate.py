@@ -35,10 +35,10 @@ def accuracies(comparison: Comparison) -> dict[tuple[str, int], dict[float, floa
     frame = frame[(frame["split"] == "train") & (frame["metric"] == "accuracy")]
     final = frame.sort_values("step").groupby(["arm", "seed", "lr"]).last()["value"]
     found: dict[tuple[str, int], dict[float, float]] = {}
-    for row in comparison.replicas().itertuples():
-        done = row.status == "done"
-        value = float(final[row.arm, row.seed, row.lr]) if done else math.nan
-        found.setdefault((str(row.arm), int(row.seed)), {})[float(row.lr)] = value
+    for replica in comparison.replicas().to_dict("records"):
+        arm, seed, rate = replica["arm"], replica["seed"], replica["lr"]
+        done = replica["status"] == "done"
+        found.setdefault((arm, seed), {})[rate] = final[arm, seed, rate] if done else math.nan
     return found
 
 
