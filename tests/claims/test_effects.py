@@ -12,6 +12,13 @@ def test_a_contrast_says_who_failed():
     assert all(map(math.isnan, found[4:]))
 
 
+def test_where_less_is_better_a_failure_is_the_most():
+    nan, inf = math.nan, math.inf
+    found = contrast([5.0, 5.0, nan, nan], [2.0, nan, 2.0, nan], failed=inf)
+    assert found[:3] == [3.0, -inf, inf]
+    assert math.isnan(found[3])
+
+
 def test_values_of_an_arm_come_in_the_order_of_the_seeds():
     rows = [
         (2, "plain", "accuracy", 0, 0.2),

@@ -1,10 +1,11 @@
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
 from normlab.claims import CLAIMS, Work
 from normlab.claims.catalog import noisy_bn
-from normlab.study import Study
 
 CLAIM = CLAIMS["noisy-bn"]
 BENEFIT, COST = CLAIM.parts
@@ -31,23 +32,26 @@ def test_effects_are_points_and_failures_take_sides():
     assert found == {BENEFIT.name: [12.5, math.inf], COST.name: [-12.5, -25.0]}
 
 
-def test_rows_are_each_arms_accuracy_at_the_rate_that_it_chose(tmp_path, monkeypatch):
-    def small(prefix, _):
-        function = noisy_bn._NETWORKS[prefix].__name__
-        return Study(
-            **{"name": function.replace("_", "-"), "network": f"normlab.claims.noise:{function}"},
-            **{"validation": 59_800, "seeds": 3, "epochs": 1, "lr": (0.01, 0.1), "batch_size": 50},
+def test_rows_are_what_each_arm_ended_with_in_its_study(monkeypatch):
+    def outcomes(first):
+        index = [(arm, seed) for arm in ("plain", "batch") for seed in range(3)]
+        values = [first + k for k in range(6)]
+        return pd.DataFrame(
+            {"final_test_accuracy": values},
+            index=pd.MultiIndex.from_tuples(index, names=["arm", "seed"]),
         )
 
-    monkeypatch.setattr(noisy_bn, "_study", small)
-    work = Work((1, 2), True, tmp_path)
-    found = dict(CLAIM.measure(work))
-    assert list(found) == [1, 2]
+    tables = {"claims-steady-perceptron": outcomes(10.0), "claims-noisy-perceptron": outcomes(20.0)}
+    monkeypatch.setattr(
+        Work, "compare", lambda _, study: SimpleNamespace(outcomes=lambda: tables[study.name])
+    )
+    found = dict(CLAIM.measure(Work((1, 2), True, Path())))
     arms = ["plain", "batch", "noisy plain", "noisy batch"]
-    assert [row.arm for row in found[2]] == arms
-    expected = work.compare(small("noisy ", True)).outcomes()["final_test_accuracy"]
-    assert [row.value for row in found[2][2:]] == [expected["plain", 2], expected["batch", 2]]
-    assert len({row.value for row in found[2]}) > 2
+    assert [row.arm for row in found[1]] == arms
+    assert {seed: [row.value for row in rows] for seed, rows in found.items()} == {
+        1: [11.0, 14.0, 21.0, 24.0],
+        2: [12.0, 15.0, 22.0, 25.0],
+    }
 
 
 def test_quick_and_full_runs_are_different_studies_of_the_same_arms():

@@ -95,14 +95,22 @@ def test_shift_is_as_claimed_unless_batch_norm_makes_it_less():
 
 def test_smoothness_is_in_doublings_by_which_batch_norm_has_less():
     kinds = [part.name for part in SMOOTH.parts]
-    rows = [
-        (seed, arm, kind, step, value + step)
-        for arm, values in (("plain", (3.0, 1.0)), ("batch", (1.0, 1.5)))
-        for kind, value in zip(kinds, values, strict=True)
-        for seed in range(2)
-        for step in (0, 1)
-    ]
-    assert SMOOTH.effects(frame(rows)) == {kinds[0]: [2.0, 2.0], kinds[1]: [-0.5, -0.5]}
+
+    def effects(plain, batch):
+        rows = [
+            (seed, arm, kind, step, value + step)
+            for arm, values in (("plain", plain), ("batch", batch))
+            for kind, value in zip(kinds, values, strict=True)
+            for seed in range(2)
+            for step in (0, 1)
+        ]
+        return SMOOTH.effects(frame(rows))
+
+    found = effects((3.0, 1.0), (1.0, 1.5))
+    assert found == {kinds[0]: [2.0, 2.0], kinds[1]: [-0.5, -0.5]}
+    # The loss of a network that diverged varies without bounds.
+    found = effects((math.nan, 1.0), (1.0, math.nan))
+    assert found == {kinds[0]: [math.inf] * 2, kinds[1]: [-math.inf] * 2}
 
 
 @pytest.mark.parametrize("claim", [SHIFT, SMOOTH])

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,30 +18,25 @@ def of_arm(frame: pd.DataFrame, arm: str, quantity: str) -> list[float]:
     return [float(each) for each in rows.sort_values("seed")["value"]]
 
 
-def contrast(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+def contrast(
+    ones: Sequence[float], others: Sequence[float], failed: float = -math.inf
+) -> list[float]:
     """Return `one − other` for every seed, as `normlab.claims.evidence.weigh` wants it.
 
     Args:
         ones: A number a seed; not finite where the replica failed.
         others: Of the same seeds.
+        failed: What a failure is worth: −∞ where more is better, ∞ where less is.
 
     Returns:
-        The differences; ∞ where only the other failed, −∞ where only the one did, and NaN where
-        both did.
+        The differences; infinite where one failed, and NaN where both did.
 
     >>> contrast([3.0, 1.0, math.nan, math.nan], [1.0, math.nan, 1.0, math.inf])
     [2.0, inf, -inf, nan]
     """
-    return [
-        _difference(one, other)
-        for one, other in zip(map(float, ones), map(float, others), strict=True)
-    ]
+    pairs = zip(ones, others, strict=True)
+    return [_or(one, failed) - _or(other, failed) for one, other in pairs]
 
 
-def _difference(one: float, other: float) -> float:
-    failed = not np.isfinite(one), not np.isfinite(other)
-    if all(failed):
-        return math.nan
-    if any(failed):
-        return -math.inf if failed[0] else math.inf
-    return one - other
+def _or(value: float, failed: float) -> float:
+    return value if math.isfinite(value) else failed

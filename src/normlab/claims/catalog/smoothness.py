@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     return {
-        kind: contrast(*(seed_means(frame, arm, kind) for arm in _ARMS)) for kind in _STEPS.values()
+        kind: contrast(*(seed_means(frame, arm, kind) for arm in _ARMS), failed=math.inf)
+        for kind in _STEPS.values()
     }
 
 
