@@ -77,11 +77,12 @@ def test_a_study_can_train_it_and_the_seed_decides_the_noise(splits, code):
         fleet.advance(10)
         return torch.cat([each.flatten() for each in fleet.state(0).values()])
 
-    found = weights(NOISY, 0, code)
-    assert found.equal(weights(NOISY, 0, code))
-    assert (found - weights(NOISY, 0, "eager")).norm() < 1e-3 * found.norm()
-    assert (found - weights(NOISY, 1, code)).norm() > 1e-2 * found.norm()
-    assert (found - weights(STEADY, 0, code)).norm() > 1e-2 * found.norm()
+    # The order of the data is another with another seed, too; the noise shows against `STEADY`.
+    found = weights(NOISY, 1, code)
+    assert found.equal(weights(NOISY, 1, code))
+    assert (found - weights(NOISY, 1, "eager")).norm() < 1e-5 * found.norm()
+    assert (found - weights(NOISY, 2, code)).norm() > 1e-2 * found.norm()
+    assert (found - weights(STEADY, 1, code)).norm() > 1e-2 * found.norm()
 
 
 def test_the_linear_network_is_linear_in_eval_mode_and_keeps_lengths():
