@@ -39,10 +39,11 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
-    return {
-        kind: contrast(*(seed_means(frame, arm, kind) for arm in _ARMS), failed=math.inf)
-        for kind in _STEPS.values()
-    }
+    effects = {}
+    for kind in _STEPS.values():
+        plain, batch = (seed_means(frame, arm, kind) for arm in _ARMS)
+        effects[kind] = contrast(plain, batch, failed=math.inf)
+    return effects
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
