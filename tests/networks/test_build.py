@@ -33,13 +33,29 @@ def order(network, block):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("name", ["mlp:32,32", "mlp:8", "lenet"])
+@pytest.mark.parametrize("name", ["mlp:32,32", "mlp:8", "cnn:8,8,4", "lenet"])
 def test_every_arm_trains_a_step_in_every_network(name, arm):
     network = build(name, arm)
     loss = nn.functional.cross_entropy(network(torch.rand(4, 1, 28, 28)), torch.arange(4))
     loss.backward()
     for parameter in network.parameters():
         assert parameter.grad.isfinite().all()
+
+
+def test_the_cnn_pools_after_every_second_convolution_and_ends_in_one_layer():
+    network = build("cnn:4,4,6,6,8", shape=(3, 13, 10)).eval()
+    assert [name for name, _ in network.named_children()] == [
+        *("conv0", "conv1", "pool1", "conv2", "conv3", "pool3", "conv4", "flatten", "output")
+    ]
+    assert names(network, BatchNorm2d) == [f"conv{i}.norm" for i in range(5)]
+    assert [tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Conv2d)] == [
+        *((4, 3, 3, 3), (4, 4, 3, 3), (6, 4, 3, 3), (6, 6, 3, 3), (8, 6, 3, 3))
+    ]
+    x = torch.rand(2, 3, 13, 10)
+    assert network[:3](x).shape == (2, 4, 6, 5)
+    assert network[:3](x).equal(nn.functional.max_pool2d(network[:2](x), 2))
+    assert network.output.weight.shape == (10, 8 * 3 * 2)
+    assert network(x).shape == (2, 10)
 
 
 @pytest.mark.parametrize("arm", ["plain", "batch", "group:8", "batch+dropout:0.2"])
@@ -188,7 +204,7 @@ def test_the_activation_is_the_one_asked_for(activation):
             "resnet",
             "plain",
             (1, 28, 28),
-            "unknown network 'resnet'.*: known are lenet, resnet18, mlp:32,32",
+            "unknown network 'resnet'.*: known are lenet, resnet18, mlp:32,32, cnn:32,32,64,64,",
         ),
         ("leenet", "plain", (1, 28, 28), "did you mean lenet"),
         ("mlp", "plain", (1, 28, 28), "wants its hidden sizes"),
@@ -197,6 +213,9 @@ def test_the_activation_is_the_one_asked_for(activation):
         ("mlp:32,-4", "plain", (1, 28, 28), "whole numbers from 1 to 65536"),
         ("mlp:99999999999", "plain", (1, 28, 28), "whole numbers from 1 to 65536"),
         ("mlp:a", "plain", (1, 28, 28), "whole numbers from 1 to 65536"),
+        ("cnn", "plain", (1, 28, 28), "cnn wants its channels, .* as in cnn:32,32,64,64"),
+        ("cnn:8,x", "plain", (1, 28, 28), "cnn wants its channels"),
+        ("cnn:1,1,1,1,1,1", "plain", (1, 9, 7), "pools 3 times and needs .* 8×8, and got 9×7"),
         ("lenet", "plain", (1, 12, 12), "at least 16×16, and got 12×12"),
         ("mlp:30", "group:8", (1, 28, 28), "group:8 does not divide a layer of 30 channels"),
         ("mlp:8", "group:8", (1, 28, 28), "leaves one value in a group"),

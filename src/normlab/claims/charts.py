@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import altair as alt
     import pandas as pd
 
-__all__ = ["dots", "lines"]
+__all__ = ["dots", "lines", "scatter"]
 
 
 def lines(
@@ -127,4 +127,47 @@ def dots(
         width=480,
         height=alt.Step(40),
         title=alt.TitleParams(title, subtitle="dots: seeds; stroke: their mean", anchor="start"),
+    )
+
+
+def scatter(
+    frame: pd.DataFrame, *, title: str, x: str, y: str, arms: Sequence[str], log_x: bool = False
+) -> alt.LayerChart:
+    """Draw each seed's value over `at` as a dot, for values that each seed has at its own place.
+
+    Args:
+        frame: As for `lines`.
+        title: What is shown.
+        x: What `at` is.
+        y: What the value is.
+        arms: In the order of their colours; the first is grey.
+        log_x: Whether `at` is shown on a logarithmic scale.
+    """
+    import altair as alt
+    import numpy as np
+
+    finite = frame[np.isfinite(frame["value"]) & np.isfinite(frame["at"])]
+    base = alt.Chart(finite).encode(
+        x=alt.X(
+            "at:Q",
+            title=x,
+            scale=alt.Scale(type="log" if log_x else "linear", padding=20, nice=False),
+        ),
+        y=alt.Y("value:Q", title=y),
+        color=alt.Color(
+            "arm:N",
+            scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
+            legend=alt.Legend(title=None, orient="top"),
+        ),
+    )
+    seeds = base.mark_point(filled=True, size=45, opacity=0.55).encode(
+        tooltip=["arm", "seed", "at", "value"]
+    )
+    mean = base.mark_tick(thickness=3, size=28, orient="horizontal").encode(y="mean(value):Q")
+    return alt.layer(seeds, mean).properties(
+        width=480,
+        height=260,
+        title=alt.TitleParams(
+            title, subtitle="dots: seeds; stroke: the mean of those at one place", anchor="start"
+        ),
     )

@@ -1,4 +1,4 @@
-"""The networks: a multilayer perceptron of any size, and LeNet."""
+"""The networks: a perceptron and a convolutional network of any sizes, and LeNet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from normlab.errors import InputError
 from normlab.networks.blocks import Slots, block
 
-__all__ = ["lenet", "mlp"]
+__all__ = ["cnn", "lenet", "mlp"]
 
 
 def mlp(
@@ -33,6 +33,46 @@ def mlp(
     for i in range(len(hidden)):
         parts.append((f"hidden{i}", block(nn.Linear(widths[i], widths[i + 1]), slots)))
     parts.append(("output", nn.Linear(widths[-1], classes)))
+    return nn.Sequential(OrderedDict(parts))
+
+
+def cnn(
+    image_shape: tuple[int, int, int], classes: int, channels: Sequence[int], slots: Slots
+) -> nn.Sequential:
+    """Return 3×3 convolutions with 2×2 max pooling after every second one, and an output layer.
+
+    Convolutions pad their input, so that they keep its height and width.
+
+    Args:
+        image_shape: (C, H, W) of the input; each pooling halves H and W, rounded down.
+        classes: Width of the output.
+        channels: Of each convolution.
+        slots: What stands around each convolution.
+
+    Raises:
+        InputError: The image is too small for so many poolings.
+
+    Source: the pattern of Simonyan and Zisserman, 2015, who put two to four convolutions before a
+    pooling.
+
+    >>> [name for name, _ in cnn((3, 32, 32), 10, [32, 32, 64], Slots()).named_children()]
+    ['conv0', 'conv1', 'pool1', 'conv2', 'flatten', 'output']
+    """
+    width, high, wide = image_shape
+    least = 2 ** (len(channels) // 2)
+    if min(high, wide) < least:
+        raise InputError(
+            f"cnn with {len(channels)} convolutions pools {len(channels) // 2} times and needs "
+            f"images of at least {least}×{least}, and got {high}×{wide}"
+        )
+    parts: list[tuple[str, nn.Module]] = []
+    for i, channel in enumerate(channels):
+        parts.append((f"conv{i}", block(nn.Conv2d(width, channel, 3, padding=1), slots)))
+        width = channel
+        if i % 2:
+            parts.append((f"pool{i}", nn.MaxPool2d(2)))
+            high, wide = high // 2, wide // 2
+    parts += [("flatten", nn.Flatten()), ("output", nn.Linear(width * high * wide, classes))]
     return nn.Sequential(OrderedDict(parts))
 
 

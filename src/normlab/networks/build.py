@@ -9,7 +9,7 @@ from torch import nn
 
 from normlab.errors import InputError, did_you_mean
 from normlab.layers import norm_constructor
-from normlab.networks.architectures import lenet, mlp
+from normlab.networks.architectures import cnn, lenet, mlp
 from normlab.networks.arms import parse_arm
 from normlab.networks.blocks import Slots
 from normlab.networks.resnet import resnet18
@@ -19,6 +19,9 @@ __all__ = ["INITS", "build_network", "check_network"]
 
 INITS = ("torch", "xavier")
 _FIXED = {"lenet": lenet, "resnet18": resnet18}
+_SIZED = {"mlp": mlp, "cnn": cnn}
+_SIZES = {"mlp": ("hidden sizes", "mlp:32,32"), "cnn": ("channels", "cnn:32,32,64,64")}
+"""What the sizes of such a network are, and how they are written."""
 _WIDEST = 65_536
 
 
@@ -30,7 +33,7 @@ def check_network(name: str) -> None:
 
     >>> check_network("mlp:512,512")
     """
-    _hidden_sizes(name)
+    _sizes(name)
 
 
 def build_network(
@@ -49,7 +52,7 @@ def build_network(
     the layer's name, so layers that two arms share start from the same values.
 
     Args:
-        name: `lenet`, `resnet18`, or `mlp:` and the hidden sizes.
+        name: `lenet`, `resnet18`, `mlp:` and the hidden sizes, or `cnn:` and the channels.
         arm: As `parse_arm` reads it.
         seed: The replica's seed.
         image_shape: (C, H, W).
@@ -75,12 +78,12 @@ def build_network(
         activation=activation,
         dropout=parsed.dropout,
     )
-    hidden = _hidden_sizes(name)
+    sizes = _sizes(name)
     with torch.device("meta"):  # No values yet: torch's constructors draw from the global RNG.
-        if hidden is None:
+        if sizes is None:
             network = _FIXED[name](image_shape, classes, slots)
         else:
-            network = mlp(image_shape, classes, hidden, slots)
+            network = _SIZED[name.partition(":")[0]](image_shape, classes, sizes, slots)
     if parsed.norm and not any(part.endswith(".norm") for part, _ in network.named_modules()):
         raise InputError(
             f"arm {arm!r} finds nothing to normalize in {name}: {parsed.norm} norm needs several "
@@ -105,21 +108,22 @@ def _initialize(layer: nn.Linear | nn.Conv2d, init: str, generator: torch.Genera
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def _hidden_sizes(name: str) -> list[int] | None:
-    """Return the hidden sizes of `mlp:…`, None for a network of fixed sizes."""
+def _sizes(name: str) -> list[int] | None:
+    """Return the sizes of `mlp:…` or `cnn:…`, None for a network of fixed sizes."""
     if name in _FIXED:
         return None
-    kind, colon, sizes = name.partition(":")
-    if kind != "mlp":
-        known = (*_FIXED, "mlp:32,32")
+    kind, colon, text = name.partition(":")
+    if kind not in _SIZED:
+        known = (*_FIXED, *(example for _, example in _SIZES.values()))
         raise InputError(
             f"unknown network {name!r}{did_you_mean(kind, known)}: "
-            f"known are {', '.join(known)}, with any hidden sizes"
+            f"known are {', '.join(known)}, with any sizes"
         )
-    hidden = [int(size) if size.isdecimal() else 0 for size in sizes.split(",")]
-    if not colon or not all(1 <= size <= _WIDEST for size in hidden):
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if not colon or not all(1 <= size <= _WIDEST for size in sizes):
+        what, example = _SIZES[kind]
         raise InputError(
-            f"network {name!r}: mlp wants its hidden sizes, whole numbers from 1 to {_WIDEST}, "
-            "as in mlp:32,32"
+            f"network {name!r}: {kind} wants its {what}, whole numbers from 1 to {_WIDEST}, "
+            f"as in {example}"
         )
-    return hidden
+    return sizes

@@ -139,7 +139,8 @@ class Recipe(BaseModel):
     )
     scaling: str = Field("0..1", description="Range that bytes are scaled to: 0..1 or -1..1.")
     network: str = Field(
-        "mlp:32,32", description="mlp:SIZES, lenet, resnet18, or module:function of your own."
+        "mlp:32,32",
+        description="mlp:SIZES, cnn:CHANNELS, lenet, resnet18, or module:function of your own.",
     )
     activation: str = Field("relu", description="Activation of the hidden layers.")
     init: str = Field(
@@ -209,7 +210,7 @@ class Recipe(BaseModel):
     @field_validator("network")
     @classmethod
     def _is_a_network(cls, value: str) -> str:
-        if not is_function(value) or value.startswith("mlp:"):
+        if not is_function(value) or value.startswith(("mlp:", "cnn:")):
             check_network(value)
         return value
 

@@ -4,6 +4,8 @@ from normlab.claims.catalog import (
     accuracy,
     adaptation,
     batch_independence,
+    covariate_shift,
+    dead_relu,
     decay_is_rate,
     deep_sigmoid,
     dropout_rival,
@@ -13,10 +15,13 @@ from normlab.claims.catalog import (
     identity,
     identity_bias,
     linear_explosion,
+    max_learning_rate,
+    noisy_bn,
     precise_bn,
     rank,
     redundant_bias,
     scale_invariance,
+    smoothness,
     stable_inputs,
 )
 from normlab.claims.claim import Claim
@@ -40,9 +45,14 @@ CLAIMS: dict[str, Claim] = {
         adaptation,
         faster,
         stable_inputs,
+        max_learning_rate,
         accuracy,
         dropout_rival,
+        dead_relu,
         deep_sigmoid,
+        covariate_shift,
+        noisy_bn,
+        smoothness,
     )
 }
 """By name, in the order in which they are best read."""

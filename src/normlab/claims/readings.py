@@ -1,0 +1,57 @@
+"""What the probes of a study read, as rows and numbers of a claim."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from normlab.claims.claim import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from normlab.study import Comparison
+
+__all__ = ["readings", "seed_means"]
+
+
+def readings(
+    comparison: Comparison, probe: str, name: str, quantity: str, *, log: bool = False
+) -> dict[int, list[Row]]:
+    """Return the course of what a probe read, the mean over layers at each step, by seed.
+
+    Args:
+        comparison: Of a study with one learning rate.
+        probe: Which.
+        name: Of one of its numbers.
+        quantity: What the rows call it.
+        log: Whether to take logarithms to base 2, before the mean.
+
+    Returns:
+        Rows whose place is the step. A replica that diverged has NaN at its last step instead.
+    """
+    frame = comparison.probes()
+    frame = frame[(frame["probe"] == probe) & (frame["name"] == name)]
+    with np.errstate(divide="ignore"):  # Of a gradient that vanished there is no logarithm.
+        values = np.log2(frame["value"]) if log else frame["value"]
+    means = frame.assign(value=values).groupby(["arm", "seed", "step"])["value"].mean()
+    found: dict[int, list[Row]] = {}
+    for replica in comparison.replicas().to_dict("records"):
+        arm, seed = replica["arm"], replica["seed"]
+        rows = found.setdefault(seed, [])
+        if replica["status"] == "diverged":
+            rows.append(Row(arm, quantity, float(replica["step"]), math.nan))
+            continue
+        course = means.loc[arm, seed]
+        for step, value in zip(course.index.tolist(), course.tolist(), strict=True):
+            rows.append(Row(arm, quantity, float(step), value))
+    return found
+
+
+def seed_means(frame: pd.DataFrame, arm: str, quantity: str) -> list[float]:
+    """Return the mean over all places for every seed, in order; NaN if anything in it is."""
+    rows = frame[(frame["arm"] == arm) & (frame["quantity"] == quantity)]
+    by_seed = rows.groupby("seed")["value"]
+    return [float(np.mean(values.to_numpy())) for _, values in by_seed]
