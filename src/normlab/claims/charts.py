@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from normlab.report.charts import palette
+from normlab.report.charts import PALETTE, palette
 from normlab.statistics import mean_interval
 
 if TYPE_CHECKING:
