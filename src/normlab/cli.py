@@ -212,8 +212,8 @@ class Export:
     to: Annotated[
         str,
         tyro.conf.arg(
-            help="csv or parquet: tables of measurements and replicas. tensorboard: event files. "
-            "mlflow: runs.",
+            help="csv or parquet: tables of measurements, replicas and what probes read. "
+            "tensorboard: event files. mlflow: runs.",
             metavar="|".join(reports.FORMATS),
         ),
     ]

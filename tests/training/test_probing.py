@@ -18,6 +18,7 @@ from normlab.training import (
     checkpoint,
     train,
 )
+from normlab.training.choice import _digest
 
 ENGINES = [
     Engine("looped", "eager"),
@@ -140,6 +141,12 @@ def test_a_replica_that_diverged_is_read_no_more(splits, engine):
     }
     assert outcome.step == 8
     assert read_at == {0.01: [0, 8, 16], 1e30: [0]}
+
+
+def test_probes_have_no_say_in_which_engine_an_arm_gets(splits):
+    probed = Recipe(probes="units", probe_every=3)
+    assert _digest(probed, splits, ARM, "auto", 2) == _digest(Recipe(), splits, ARM, "auto", 2)
+    assert _digest(probed, splits, ARM, "auto", 3) != _digest(Recipe(), splits, ARM, "auto", 2)
 
 
 def test_training_one_network_tells_what_probes_read(splits):
