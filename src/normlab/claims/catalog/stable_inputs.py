@@ -124,7 +124,7 @@ def _panels(frame: pd.DataFrame, scope: str, title: str) -> alt.FacetChart:
         color=alt.Color(
             "percentile:N",
             scale=alt.Scale(domain=list(_PERCENTILES), range=list(PALETTE[1:4])),
-            legend=alt.Legend(title=None, orient="top"),
+            legend=alt.Legend(title=None, orient="top", symbolOpacity=1),
         ),
     )
     band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=""), y2="high:Q")
