@@ -143,7 +143,7 @@ CASES = {
     ),
     "collapse": ("γ collapse", small_gamma(30, 0.001), None, small_gamma(31, 0.001), "warning"),
     "collapse gamma": (
-        *("γ collapse", small_gamma(99, 0.0101), None, small_gamma(99, -0.0099), "warning"),
+        *("γ collapse", small_gamma(99, -0.0101), None, small_gamma(99, 0.0099), "warning"),
     ),
     "variance": ("near-zero variance", variance(10.1), None, variance(9.9), "information"),
     "gain": (
