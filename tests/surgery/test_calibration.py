@@ -328,3 +328,30 @@ def test_values_that_are_not_finite_are_refused_and_the_model_stays():
         assert torch.equal(value, before[name]), name
     with pytest.raises(InputError, match=r"^calibrate is a int: expected batches"):
         convert(model, "group:2", calibrate=3)
+
+
+def test_a_layer_that_cannot_be_fit_explains_what_it_does():
+    model = nn.Sequential(nn.BatchNorm2d(4, affine=False)).double()
+    grouped, _ = convert(model, "group:2")
+    with torch.no_grad():
+        grouped[0].weight.copy_(randn(4, seed=1))
+        back, report = convert(grouped, "torch-batch", calibrate=batches())
+        x = torch.cat(batches())
+        y, found = grouped.eval()(x), back.eval()(x)
+    left, total = (y - found).square().sum(), (y - y.mean((0, 2, 3), keepdim=True)).square().sum()
+    assert back[0].weight is None
+    assert report.explained["0"] == pytest.approx(float(1 - left / total))
+
+
+def test_a_layer_that_is_called_otherwise_in_the_new_model_is_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = batch_norm()
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.norm(x) if isinstance(self.norm, nn.GroupNorm) else x
+
+    with pytest.raises(InputError, match=r"^norm: it was called 1 times in the old model and 2 "):
+        convert(Fickle(), "group:2", calibrate=batches())
