@@ -297,6 +297,8 @@ def test_in_a_browser_every_drawing_has_its_description(reported, opened):
     for name in CHARTS:
         (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
         assert drawing.get_attribute("role") == "img"
+        (hidden,) = drawing.find_elements("css selector", "svg > g")
+        assert hidden.get_attribute("aria-hidden") == "true"
         assert drawing.get_attribute("aria-label").startswith(CHARTS[name])
 
 

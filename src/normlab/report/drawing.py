@@ -48,15 +48,15 @@ def draw(charts: Mapping[str, alt.TopLevelMixin]) -> dict[str, Drawing]:
     drawings = {}
     for name, chart in charts.items():
         spec = chart.to_dict()
-        # The drawing has one description; one more for each of its points would hide it.
+        # The drawing has one description, which stands for all of its parts.
         svg = vl_convert.vegalite_to_svg(
             spec | {"config": spec.get("config", {}) | {"aria": False}}
         )
         svg = _POSITIONS.sub(lambda found: _PAST_A_PIXEL.sub(r"\1", found[0]), svg)
         label = escape(_description(spec))
-        drawings[name] = Drawing(
-            spec, svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-        )
+        svg = svg.replace("<g ", '<g aria-hidden="true" ', 1)
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+        drawings[name] = Drawing(spec, svg)
     return drawings
 
 

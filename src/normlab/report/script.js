@@ -60,9 +60,7 @@ window.normlab = (() => {
 
   function unpacked(spec) {
     const datasets = Object.entries(spec.datasets ?? {}).map(([name, one]) => [name, rows(one)]);
-    // The drawing has one description; one more for each of its points would hide it.
-    const config = {...spec.config, aria: false};
-    return {...spec, config, datasets: Object.fromEntries(datasets)};
+    return {...spec, datasets: Object.fromEntries(datasets)};
   }
 
   // The course of every seed that the curves' means are of, in the curves' own terms.
@@ -222,6 +220,8 @@ window.normlab = (() => {
       drawing.setAttribute("viewBox", `0 0 ${drawing.getAttribute("width")} ${drawing.getAttribute("height")}`);
       drawing.setAttribute("role", "img");
       drawing.setAttribute("aria-label", label);
+      // Its description stands for all of its parts.
+      drawing.querySelector("g").setAttribute("aria-hidden", "true");
       place.querySelector("summary")?.setAttribute("aria-label", "Save this chart");
     }
   }
