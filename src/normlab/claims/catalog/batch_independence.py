@@ -138,8 +138,15 @@ def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
+    import pandas as pd
+
+    rows = [
+        {"arm": arm, "seed": seed, "value": max(value, _ZERO)}
+        for arm, values in _effects(frame).items()
+        for seed, value in zip(sorted(set(frame["seed"])), values, strict=True)
+    ]
     return dots(
-        frame.assign(value=frame["value"].clip(lower=_ZERO)),
+        pd.DataFrame(rows),
         title="How far an answer is from the one that the sample gets in another batch",
         x=f"{_APART}; at {_ZERO:g}: none",
         arms=[*_EXACT, _TRAINING],
