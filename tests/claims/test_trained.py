@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from normlab.claims import Row, Work, check, trained
+from normlab.claims import Row, check, trained
 from normlab.claims.catalog import adaptation, dropout_shift, precise_bn
 from normlab.training import Replica
 
@@ -119,17 +119,16 @@ def test_what_adaptation_makes_of_numbers():
 
 @pytest.mark.slow
 def test_a_network_is_trained_once_and_kept(tmp_path):
-    work = Work((0,), False, tmp_path)
-    first = trained.trained(work, Replica("batch", 0.1, 0))
+    first = trained.trained(tmp_path, Replica("batch", 0.1, 0))
     (path,) = (tmp_path / "trained").iterdir()
     written = path.stat().st_mtime_ns
-    again = trained.trained(work, Replica("batch", 0.1, 0))
+    again = trained.trained(tmp_path, Replica("batch", 0.1, 0))
     assert path.stat().st_mtime_ns == written
     assert all(
         a.equal(b) for a, b in zip(*(n.state_dict().values() for n in (first, again)), strict=True)
     )
     assert trained.accuracy(first, trained.fashion().indices["test"]) > 0.8
-    trained.trained(work, Replica("batch", 0.1, 1))
+    trained.trained(tmp_path, Replica("batch", 0.1, 1))
     assert len(list((tmp_path / "trained").iterdir())) == 2
 
 

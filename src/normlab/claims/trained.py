@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from normlab.claims.work import Work
 from normlab.data import Splits, gather, load, split
 from normlab.files import replace
 from normlab.networks import build_network
@@ -53,12 +53,12 @@ def perceptron(arm: str, seed: int) -> nn.Module:
 
 
 def trained(
-    work: Work, replica: Replica, build: Callable[[str, int], nn.Module] = perceptron
+    folder: Path, replica: Replica, build: Callable[[str, int], nn.Module] = perceptron
 ) -> nn.Module:
     """Return a network that was trained by `FASHION`, in eval mode; one diverged has NaN in it.
 
     Args:
-        work: Says where networks are kept.
+        folder: Where networks are kept.
         replica: Its arm is what `build` gets, and what the file is called by.
         build: From arm and seed to a network with its first values.
     """
@@ -68,7 +68,7 @@ def trained(
     versions = [metadata.version(package) for package in ("normlab", "torch")]
     declared = json.dumps([FASHION.model_dump(mode="json"), replica, versions])
     digest = hashlib.sha256(declared.encode()).hexdigest()[:16]
-    path = work.folder / "trained" / f"{digest}.safetensors"
+    path = folder / "trained" / f"{digest}.safetensors"
     network = build(replica.arm, replica.seed)
     if path.is_file():
         network.load_state_dict(from_bytes(path.read_bytes()))

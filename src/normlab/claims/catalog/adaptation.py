@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
+from normlab.claims.parallel import by_seed
 from normlab.claims.trained import SETUP, accuracy, batches, fashion, trained
 from normlab.claims.work import Work
 from normlab.streams import stream
@@ -64,26 +66,29 @@ def contrast(x: Tensor) -> Tensor:
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
+    return by_seed(work, _seen, work.folder)
+
+
+def _seen(seed: int, folder: Path) -> list[Row]:
     test = fashion().indices["test"]
     labels = fashion().dataset.labels
-    for seed in work.seeds:
-        network = trained(work, Replica("batch", _LR, seed))
-        draws = stream(seed, "claims", "adaptation")
-        order = test[torch.randperm(len(test), generator=draws)]
-        # To look at, and to be right about, different halves.
-        seen, unseen = order[: len(order) // 2], order[len(order) // 2 :]
-        rows = [Row("clean", "accuracy", 0, accuracy(network, unseen))]
-        changes: dict[str, Callable[[Tensor], Tensor]] = {
-            "noise": partial(noise, generator=draws),
-            "blur": blur,
-            "contrast": contrast,
-        }
-        for name, change in changes.items():
-            rows += _adapted(network, name, seen, unseen, change)
-        # Images as they were, and of one class only.
-        alike = seen[labels[seen] == seed % fashion().dataset.classes]
-        rows += _adapted(network, _ONE_CLASS, alike, unseen, lambda x: x)
-        yield seed, rows
+    network = trained(folder, Replica("batch", _LR, seed))
+    draws = stream(seed, "claims", "adaptation")
+    order = test[torch.randperm(len(test), generator=draws)]
+    # To look at, and to be right about, different halves.
+    seen, unseen = order[: len(order) // 2], order[len(order) // 2 :]
+    rows = [Row("clean", "accuracy", 0, accuracy(network, unseen))]
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "noise": partial(noise, generator=draws),
+        "blur": blur,
+        "contrast": contrast,
+    }
+    for name, change in changes.items():
+        rows += _adapted(network, name, seen, unseen, change)
+    # Images as they were, and of one class only.
+    alike = seen[labels[seen] == seed % fashion().dataset.classes]
+    rows += _adapted(network, _ONE_CLASS, alike, unseen, lambda x: x)
+    return rows
 
 
 def _adapted(

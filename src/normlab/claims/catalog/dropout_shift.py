@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.claims.charts import dots
 from normlab.claims.claim import Claim, Part, Row
+from normlab.claims.parallel import by_seed
 from normlab.claims.trained import FASHION, SETUP, accuracy, batches, fashion, perceptron, trained
 from normlab.claims.work import Work
 from normlab.layers import Dropout
@@ -90,27 +92,30 @@ def _shift(training: nn.Module, images: Tensor) -> float:
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
+    return by_seed(work, _seen, work.folder)
+
+
+def _seen(seed: int, folder: Path) -> list[Row]:
     indices = fashion().indices
-    for seed in work.seeds:
-        draw = torch.randperm(len(indices["train"]), generator=stream(seed, "claims", "dropout"))
-        some = indices["train"][draw[:_SHOWN]]
-        rows = []
-        for arm in (_BEFORE, _AFTER):
-            for lr in _RATES:
-                network = trained(work, Replica(arm, lr, seed), _built)
-                rows.append(Row(arm, _CHOICE, lr, accuracy(network, indices["validation"])))
-                rows.append(Row(arm, _AS_IS, lr, accuracy(network, indices["test"])))
-                if arm == _BEFORE:
-                    images = torch.cat(list(batches(some, 1000)))
-                    # Both estimated anew, so that the average of training plays no part.
-                    of_training, of_evaluation = (
-                        recalibrate(network, iter(images.split(FASHION.batch_size)), dropout=drops)
-                        for drops in (True, False)
-                    )
-                    rows.append(Row(arm, _SHIFT, lr, _shift(of_training[0], images)))
-                    for name, (each, _) in ((_WITH, of_training), (_WITHOUT, of_evaluation)):
-                        rows.append(Row(arm, name, lr, accuracy(each, indices["test"])))
-        yield seed, rows
+    draw = torch.randperm(len(indices["train"]), generator=stream(seed, "claims", "dropout"))
+    some = indices["train"][draw[:_SHOWN]]
+    rows = []
+    for arm in (_BEFORE, _AFTER):
+        for lr in _RATES:
+            network = trained(folder, Replica(arm, lr, seed), _built)
+            rows.append(Row(arm, _CHOICE, lr, accuracy(network, indices["validation"])))
+            rows.append(Row(arm, _AS_IS, lr, accuracy(network, indices["test"])))
+            if arm == _BEFORE:
+                images = torch.cat(list(batches(some, 1000)))
+                # Both estimated anew, so that the average of training plays no part.
+                of_training, of_evaluation = (
+                    recalibrate(network, iter(images.split(FASHION.batch_size)), dropout=drops)
+                    for drops in (True, False)
+                )
+                rows.append(Row(arm, _SHIFT, lr, _shift(of_training[0], images)))
+                for name, (each, _) in ((_WITH, of_training), (_WITHOUT, of_evaluation)):
+                    rows.append(Row(arm, name, lr, accuracy(each, indices["test"])))
+    return rows
 
 
 def _chosen(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
+from normlab.claims.parallel import by_seed
 from normlab.claims.trained import SETUP, accuracy, batches, fashion, trained
 from normlab.claims.work import Work
 from normlab.streams import stream
@@ -29,17 +31,20 @@ _PRECISE, _AVERAGE = "estimated anew", "running average of training"
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
+    return by_seed(work, _seen, work.folder)
+
+
+def _seen(seed: int, folder: Path) -> list[Row]:
     splits = fashion()
     test, train = splits.indices["test"], splits.indices["train"]
-    for seed in work.seeds:
-        network = trained(work, Replica("batch", _LR, seed))
-        rows = [Row(_AVERAGE, "accuracy", n, accuracy(network, test)) for n in (100, _ALL)]
-        order = torch.randperm(len(train), generator=stream(seed, "claims", "precise-bn"))
-        for n in _SAMPLES:
-            # An iterator: there is no second pass to measure what is known here.
-            precise, _ = recalibrate(network, iter(batches(train[order[:n]], _BATCH)))
-            rows.append(Row(_PRECISE, "accuracy", n, accuracy(precise, test)))
-        yield seed, rows
+    network = trained(folder, Replica("batch", _LR, seed))
+    rows = [Row(_AVERAGE, "accuracy", n, accuracy(network, test)) for n in (100, _ALL)]
+    order = torch.randperm(len(train), generator=stream(seed, "claims", "precise-bn"))
+    for n in _SAMPLES:
+        # An iterator: there is no second pass to measure what is known here.
+        precise, _ = recalibrate(network, iter(batches(train[order[:n]], _BATCH)))
+        rows.append(Row(_PRECISE, "accuracy", n, accuracy(precise, test)))
+    return rows
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
