@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from normlab.claims import Row
-from normlab.claims.outcomes import by_seed, course, ends, points
+from normlab.claims.effects import points
+from normlab.claims.outcomes import course, ends
 from normlab.claims.setups import alone
 from normlab.study import Comparison, Study, run
 from normlab.study.ledger import Ledger
@@ -75,7 +76,6 @@ def test_points_are_paired_and_a_failure_is_worst():
             for seed, (batch, plain) in enumerate([(0.9, 0.8), (0.9, nan), (nan, 0.8), (nan, nan)])
         }
     ).sample(frac=1, random_state=0)  # The order of rows does not matter.
-    assert list(by_seed(frame, "a").index) == [0, 1, 2, 3]
     ahead, only_plain, only_batch, both = points(frame, "a", "batch", "plain")
     assert (ahead, only_plain, only_batch) == (pytest.approx(10), math.inf, -math.inf)
     assert math.isnan(both)

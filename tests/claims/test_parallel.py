@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from normlab.claims import Row, Work
-from normlab.claims.parallel import by_seed
+from normlab.claims.parallel import share_out
 
 
 def job(seed, factor):
@@ -14,7 +14,7 @@ def job(seed, factor):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_seed_is_done_once_on_one_thread(workers):
     before = torch.get_num_threads()
-    found = dict(by_seed(Work((3, 5, 8), True, Path(), workers), job, 10))
+    found = dict(share_out(Work((3, 5, 8), True, Path(), workers), job, 10))
     assert found == {seed: [Row("arm", "threads", 1, 10.0 * seed)] for seed in (3, 5, 8)}
     assert torch.get_num_threads() == before
 
@@ -25,4 +25,4 @@ def fails(seed):
 
 def test_what_a_job_raises_comes_through():
     with pytest.raises(ValueError, match="seed 3"):
-        list(by_seed(Work((3, 5), True, Path()), fails))
+        list(share_out(Work((3, 5), True, Path()), fails))

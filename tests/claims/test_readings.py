@@ -7,7 +7,8 @@ import pytest
 
 from normlab.claims import CLAIMS
 from normlab.claims.claim import Row
-from normlab.claims.readings import readings, seed_means
+from normlab.claims.effects import of_arm
+from normlab.claims.readings import readings
 
 SHIFT, SMOOTH = CLAIMS["covariate-shift"], CLAIMS["smoothness"]
 
@@ -68,7 +69,7 @@ def test_what_is_not_finite_is_not_left_out_of_a_mean():
             *((1, "plain", "other", 0, 9.0), (1, "batch", "q", 0, 9.0)),
         ]
     )
-    found = seed_means(rows, "plain", "q")
+    found = of_arm(rows, "plain", "q", np.mean)
     assert np.array_equal(found, [-math.inf, math.nan, 2.5], equal_nan=True)
 
 

@@ -1,21 +1,38 @@
-"""From what two arms came to, seed by seed, to the numbers of a claim's part."""
+"""From the rows of a claim to one number a seed for each of its parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["contrast", "of_arm"]
+__all__ = ["contrast", "doublings", "of_arm", "points"]
 
 
-def of_arm(frame: pd.DataFrame, arm: str, quantity: str) -> list[float]:
-    """Return an arm's values of a quantity that has one a seed, in the order of the seeds."""
-    rows = frame[(frame["arm"] == arm) & (frame["quantity"] == quantity)]
-    return [float(each) for each in rows.sort_values("seed")["value"]]
+def of_arm(
+    frame: pd.DataFrame,
+    arm: str,
+    quantity: str | None = None,
+    reduce: Callable[..., Any] = np.max,
+) -> list[float]:
+    """Return a number a seed, in the order of the seeds, from an arm's values.
+
+    Args:
+        frame: Columns `seed`, `arm`, `quantity`, `at` and `value`.
+        arm: Whose.
+        quantity: Which of its; None for all.
+        reduce: Makes one of several; numpy's, in which what is not a number stays so.
+    """
+    chosen = frame[frame["arm"] == arm]
+    if quantity is not None:
+        chosen = chosen[chosen["quantity"] == quantity]
+    groups = chosen.groupby("seed", sort=True)["value"]
+    return [float(reduce(values.to_numpy())) for _, values in groups]
 
 
 def contrast(
@@ -36,6 +53,29 @@ def contrast(
     """
     pairs = zip(ones, others, strict=True)
     return [_or(one, failed) - _or(other, failed) for one, other in pairs]
+
+
+def points(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[float]:
+    """Return the difference of two arms' accuracies for every seed, in points."""
+    ours, theirs = (of_arm(frame, each, quantity) for each in (arm, baseline))
+    return [100 * difference for difference in contrast(ours, theirs)]
+
+
+def doublings(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[float]:
+    """Return log2(baseline / arm) for every seed, of what is better when it is smaller.
+
+    Args:
+        frame: As for `of_arm`.
+        quantity: Above zero.
+        arm: Positive where it has less than the baseline.
+        baseline: The other.
+    """
+    ours, theirs = (of_arm(frame, each, quantity) for each in (arm, baseline))
+    differences = contrast(theirs, ours, failed=math.inf)
+    return [
+        math.log2(theirs[i] / ours[i]) if math.isfinite(difference) else difference
+        for i, difference in enumerate(differences)
+    ]
 
 
 def _or(value: float, failed: float) -> float:

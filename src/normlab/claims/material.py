@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +13,9 @@ from normlab.networks import build_network
 from normlab.streams import stream
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-__all__ = ["NO_EPS", "apart", "by_seed", "hidden_layers", "images", "network"]
+__all__ = ["NO_EPS", "apart", "hidden_layers", "images", "network"]
 
 NO_EPS = 1e-30
 """As good as none beside any variance here, in float32 too; batch norm wants one above zero."""
@@ -92,24 +90,3 @@ def apart(found: Tensor, wanted: Tensor) -> float:
     0.25
     """
     return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def by_seed(
-    frame: pd.DataFrame,
-    arm: str,
-    quantity: str | None = None,
-    reduce: Callable[..., Any] = np.max,
-) -> list[float]:
-    """Return a number a seed, in the order of the seeds, from all of an arm's numbers.
-
-    Args:
-        frame: Columns `seed`, `arm`, `quantity`, `at` and `value`.
-        arm: Whose.
-        quantity: Which of its; None for all.
-        reduce: Makes one of them; numpy's, in which what is not a number stays so.
-    """
-    chosen = frame[frame["arm"] == arm]
-    if quantity is not None:
-        chosen = chosen[chosen["quantity"] == quantity]
-    groups = chosen.groupby("seed", sort=True)["value"]
-    return [float(reduce(values.to_numpy())) for _, values in groups]

@@ -1,20 +1,18 @@
-"""From a study to rows, and from rows to one number a seed."""
+"""From a study to the rows of a claim."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from normlab.claims.claim import Row
 from normlab.study import Comparison
 from normlab.training import Setting
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-__all__ = ["by_seed", "course", "doublings", "ends", "merged", "points"]
+__all__ = ["Rows", "course", "ends", "merged"]
 
 Rows = dict[int, list[Row]]
 """By seed."""
@@ -68,30 +66,3 @@ def merged(parts: Iterable[Rows]) -> Rows:
         for seed, some in part.items():
             rows.setdefault(seed, []).extend(some)
     return rows
-
-
-def by_seed(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return a quantity of which each arm has one value a seed: a row a seed, a column an arm."""
-    rows = frame[frame["quantity"] == quantity]
-    return rows.pivot(index="seed", columns="arm", values="value")
-
-
-def points(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[float]:
-    """Return the difference of two arms' accuracies, seed by seed, in points.
-
-    A replica that failed is worse than any other: the difference is infinite then, on the side of
-    the one that did not fail, and NaN where both did.
-    """
-    accuracy = by_seed(frame, quantity).fillna(-np.inf)
-    return (100 * (accuracy[arm] - accuracy[baseline])).tolist()
-
-
-def doublings(frame: pd.DataFrame, quantity: str, arm: str, baseline: str) -> list[float]:
-    """Return log2(baseline / arm) seed by seed, of a quantity that is better when it is smaller.
-
-    Of a replica that failed it is infinite, and so is the ratio, on the side of the other; NaN
-    where both failed.
-    """
-    values = by_seed(frame, quantity).fillna(np.inf)
-    with np.errstate(divide="ignore", invalid="ignore"):  # Of log2(0), and of ∞/∞.
-        return np.log2(values[baseline] / values[arm]).tolist()

@@ -12,10 +12,10 @@ from normlab.claims.claim import Row
 from normlab.claims.work import Work
 from normlab.processes import Workers
 
-__all__ = ["by_seed"]
+__all__ = ["share_out"]
 
 
-def by_seed(
+def share_out(
     work: Work, job: Callable[..., list[Row]], *arguments: Any
 ) -> Iterator[tuple[int, list[Row]]]:
     """Do a job for every seed that is asked for, and yield each seed's rows as they come.

@@ -10,11 +10,9 @@ import numpy as np
 from normlab.claims.claim import Row
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from normlab.study import Comparison
 
-__all__ = ["readings", "seed_means"]
+__all__ = ["readings"]
 
 
 def readings(
@@ -48,10 +46,3 @@ def readings(
         for step, value in zip(course.index.tolist(), course.tolist(), strict=True):
             rows.append(Row(arm, quantity, float(step), value))
     return found
-
-
-def seed_means(frame: pd.DataFrame, arm: str, quantity: str) -> list[float]:
-    """Return the mean over all places for every seed, in order; NaN if anything in it is."""
-    rows = frame[(frame["arm"] == arm) & (frame["quantity"] == quantity)]
-    by_seed = rows.groupby("seed")["value"]
-    return [float(np.mean(values.to_numpy())) for _, values in by_seed]

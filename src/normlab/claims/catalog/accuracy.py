@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import Rows, ends, merged, points
+from normlab.claims.effects import points
+from normlab.claims.outcomes import Rows, ends, merged
 from normlab.claims.setups import alone, tutorial
 from normlab.claims.work import Work
 from normlab.report.charts import PALETTE

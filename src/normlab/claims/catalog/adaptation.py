@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.parallel import by_seed
+from normlab.claims.parallel import share_out
 from normlab.claims.trained import SETUP, accuracy, batches, fashion, trained
 from normlab.claims.work import Work
 from normlab.streams import stream
@@ -66,7 +66,7 @@ def contrast(x: Tensor) -> Tensor:
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
-    return by_seed(work, _seen, work.folder)
+    return share_out(work, _seen, work.folder)
 
 
 def _seen(seed: int, folder: Path) -> list[Row]:

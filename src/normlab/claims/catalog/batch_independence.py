@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normlab.claims.charts import dots
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.material import apart, by_seed, images, network
+from normlab.claims.effects import of_arm
+from normlab.claims.material import apart, images, network
 from normlab.claims.work import Work
 from normlab.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normlab.streams import stream
@@ -133,8 +134,8 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
-    exact = {arm: by_seed(frame, arm) for arm in _EXACT}
-    return {**exact, _TRAINING: by_seed(frame, _TRAINING, reduce=np.min)}
+    exact = {arm: of_arm(frame, arm) for arm in _EXACT}
+    return {**exact, _TRAINING: of_arm(frame, _TRAINING, reduce=np.min)}
 
 
 def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:

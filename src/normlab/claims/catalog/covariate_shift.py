@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.effects import contrast
-from normlab.claims.readings import readings, seed_means
+from normlab.claims.effects import contrast, of_arm
+from normlab.claims.readings import readings
 from normlab.claims.setups import deep_linear_inside, fashion_inside
 from normlab.claims.work import Work
 from normlab.study import Study
@@ -50,10 +52,10 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     effects = {}
     for setup in _SETUPS:
-        plain, batch = (seed_means(frame, arm, f"{setup}: {_SHIFT}") for arm in _ARMS)
+        plain, batch = (of_arm(frame, arm, f"{setup}: {_SHIFT}", np.mean) for arm in _ARMS)
         increases = contrast(batch, plain, failed=math.inf)
         effects[f"{setup}: {_SHIFT_PART}"] = [each + _SHIFT_REDUCED for each in increases]
-        plain, batch = (seed_means(frame, arm, f"{setup}: {_COSINE}") for arm in _ARMS)
+        plain, batch = (of_arm(frame, arm, f"{setup}: {_COSINE}", np.mean) for arm in _ARMS)
         losses = contrast(plain, batch)
         effects[f"{setup}: {_COSINE_PART}"] = [each + _COSINE_RAISED for each in losses]
     return effects

@@ -13,7 +13,7 @@ from normlab.claims.catalog.max_learning_rate import accuracies, rates_that_trai
 from normlab.claims.charts import dots, scatter
 from normlab.claims.claim import Claim, Part, Row
 from normlab.claims.effects import contrast
-from normlab.claims.parallel import by_seed
+from normlab.claims.parallel import share_out
 from normlab.claims.setups import fashion_relu
 from normlab.claims.work import Work
 from normlab.data import gather, load, split
@@ -76,7 +76,7 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
         )
         for seed in work.seeds
     }
-    yield from by_seed(work, _shares, study, common)
+    yield from share_out(work, _shares, study, common)
 
 
 def _shares(seed: int, study: Study, common: Mapping[int, float]) -> list[Row]:

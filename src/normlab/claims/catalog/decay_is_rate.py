@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.material import NO_EPS, apart, by_seed, images, network
+from normlab.claims.effects import of_arm
+from normlab.claims.material import NO_EPS, apart, images, network
 from normlab.claims.work import Work
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _growing(step: int) -> float:
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     last = frame[frame["at"] == frame["at"].max()]
     exact = (_SCALED, _GROWING)
-    return {_part(arm): by_seed(frame if arm in exact else last, arm) for arm in _ARMS}
+    return {_part(arm): of_arm(frame if arm in exact else last, arm) for arm in _ARMS}
 
 
 def _part(arm: str) -> str:

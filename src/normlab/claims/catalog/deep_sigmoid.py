@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import by_seed, course, ends, merged, points
+from normlab.claims.effects import of_arm, points
+from normlab.claims.outcomes import course, ends, merged
 from normlab.claims.setups import mnist_sigmoid
 from normlab.claims.work import Work
 from normlab.study import Study
@@ -46,10 +48,12 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     # One that diverged has learned nothing.
-    batch = by_seed(frame, _FINAL)["batch"].fillna(float("-inf"))
+    batch = [
+        value if math.isfinite(value) else -math.inf for value in of_arm(frame, "batch", _FINAL)
+    ]
     return {
         _GAIN: points(frame, _FINAL, "batch", "plain"),
-        _TRAINS: (100 * batch - _LINEAR).tolist(),
+        _TRAINS: [100 * value - _LINEAR for value in batch],
     }
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import course, ends, merged, points
+from normlab.claims.effects import points
+from normlab.claims.outcomes import course, ends, merged
 from normlab.claims.setups import alone, tutorial
 from normlab.claims.work import Work
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.claims.charts import dots
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.parallel import by_seed
+from normlab.claims.parallel import share_out
 from normlab.claims.trained import FASHION, SETUP, accuracy, batches, fashion, perceptron, trained
 from normlab.claims.work import Work
 from normlab.layers import Dropout
@@ -92,7 +92,7 @@ def _shift(training: nn.Module, images: Tensor) -> float:
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
-    return by_seed(work, _seen, work.folder)
+    return share_out(work, _seen, work.folder)
 
 
 def _seen(seed: int, folder: Path) -> list[Row]:

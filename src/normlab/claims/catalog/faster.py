@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import course, doublings, ends, merged
+from normlab.claims.effects import doublings
+from normlab.claims.outcomes import course, ends, merged
 from normlab.claims.setups import mnist_sigmoid
 from normlab.claims.work import Work
 from normlab.study import Study

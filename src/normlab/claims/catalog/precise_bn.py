@@ -10,7 +10,7 @@ import torch
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.parallel import by_seed
+from normlab.claims.parallel import share_out
 from normlab.claims.trained import SETUP, accuracy, batches, fashion, trained
 from normlab.claims.work import Work
 from normlab.streams import stream
@@ -31,7 +31,7 @@ _PRECISE, _AVERAGE = "estimated anew", "running average of training"
 
 
 def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
-    return by_seed(work, _seen, work.folder)
+    return share_out(work, _seen, work.folder)
 
 
 def _seen(seed: int, folder: Path) -> list[Row]:

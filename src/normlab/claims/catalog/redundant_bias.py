@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from normlab.claims.charts import dots
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.material import apart, by_seed, hidden_layers, images, network
+from normlab.claims.effects import of_arm
+from normlab.claims.material import apart, hidden_layers, images, network
 from normlab.claims.work import Work
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     arms = [name for name in (*_ARMS, _TRAINED) if name != "MLP, plain"]
-    return {_part(name): by_seed(frame, name) for name in arms}
+    return {_part(name): of_arm(frame, name) for name in arms}
 
 
 def _part(name: str) -> str:

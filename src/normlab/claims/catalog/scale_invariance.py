@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.material import NO_EPS, apart, by_seed, hidden_layers, images, network
+from normlab.claims.effects import of_arm
+from normlab.claims.material import NO_EPS, apart, hidden_layers, images, network
 from normlab.claims.work import Work
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     return {
-        "|f(αw) − f(w)| / max |f(w)|": by_seed(frame, _EXACT, _OUTPUT),
-        "|α·∇(αw) − ∇(w)| / max |∇(w)|": by_seed(frame, _EXACT, _GRADIENT),
-        "without batch norm: |f(αw) − f(w)| / max |f(w)|": by_seed(frame, "plain", _OUTPUT, np.min),
+        "|f(αw) − f(w)| / max |f(w)|": of_arm(frame, _EXACT, _OUTPUT),
+        "|α·∇(αw) − ∇(w)| / max |∇(w)|": of_arm(frame, _EXACT, _GRADIENT),
+        "without batch norm: |f(αw) − f(w)| / max |f(w)|": of_arm(frame, "plain", _OUTPUT, np.min),
     }
 
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from normlab.claims.charts import lines
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.effects import contrast
-from normlab.claims.readings import readings, seed_means
+from normlab.claims.effects import contrast, of_arm
+from normlab.claims.readings import readings
 from normlab.claims.setups import fashion_inside
 from normlab.claims.work import Work
 
@@ -41,7 +43,7 @@ def _measure(work: Work) -> Iterator[tuple[int, Iterable[Row]]]:
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
     effects = {}
     for kind in _STEPS.values():
-        plain, batch = (seed_means(frame, arm, kind) for arm in _ARMS)
+        plain, batch = (of_arm(frame, arm, kind, np.mean) for arm in _ARMS)
         effects[kind] = contrast(plain, batch, failed=math.inf)
     return effects
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.claims.claim import Claim, Part, Row
-from normlab.claims.outcomes import doublings
+from normlab.claims.effects import doublings
 from normlab.claims.setups import mnist_sigmoid
 from normlab.claims.work import Work
 from normlab.report.charts import PALETTE
