@@ -71,7 +71,8 @@ def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
     )
     # From parts of a point to dozens.
     scale = alt.Scale(type="symlog", constant=1)
-    axis = alt.Axis(values=[-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50])
+    places = [-50, -20, -10, -5, -2, -1, -_MARGIN, 0, _MARGIN, 1, 2, 5, 10, 20, 50]
+    axis = alt.Axis(values=places, format="~g")
     x = alt.X("points:Q", title="batch − plain, points of accuracy", scale=scale, axis=axis)
     spans = pd.DataFrame(
         [
@@ -100,10 +101,13 @@ def _chart(frame: pd.DataFrame) -> alt.TopLevelMixin:
         x=alt.X("mean(points):Q", scale=scale)
     )
     title = "What batch norm brings in accuracy, study by study"
+    subtitle = "dots: seeds; stroke: their mean"
+    if failed := len(_STUDIES) * frame["seed"].nunique() - len(differences):
+        subtitle += f"; not shown: {failed} in which a replica diverged"
     return alt.layer(said, seeds, mean).properties(
         width=480,
         height=alt.Step(40),
-        title=alt.TitleParams(title, subtitle="dots: seeds; stroke: their mean", anchor="start"),
+        title=alt.TitleParams(title, subtitle=subtitle, anchor="start"),
     )
 
 
