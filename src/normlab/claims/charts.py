@@ -63,7 +63,7 @@ def lines(
     color = alt.Color(
         f"{by}:N",
         scale=alt.Scale(domain=list(arms), range=list(shades.values())),
-        legend=alt.Legend(title=None, orient="top"),
+        legend=alt.Legend(title=None, orient="top", symbolOpacity=1),
     )
     kind: Any = "log" if log_x else "symlog" if symlog_x else None
     base = alt.Chart(data).encode(
@@ -157,7 +157,7 @@ def scatter(
         color=alt.Color(
             "arm:N",
             scale=alt.Scale(domain=list(arms), range=list(PALETTE[: len(arms)])),
-            legend=alt.Legend(title=None, orient="top"),
+            legend=alt.Legend(title=None, orient="top", symbolOpacity=1),
         ),
     )
     seeds = base.mark_point(filled=True, size=45, opacity=0.55).encode(

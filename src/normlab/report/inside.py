@@ -229,7 +229,8 @@ def _draw(
         more = {"strokeDash": alt.StrokeDash("line:N", scale=dash, legend=None)}
     kind: dict[str, Any] = {"type": "log"} if scale == "log" else {"zero": scale == "share"}
     axis = alt.Axis(format="%") if scale == "share" else alt.Axis()
-    line = base.mark_line().encode(
+    # A line of one point would not be seen.
+    line = base.mark_line(point=data["step"].nunique() == 1).encode(
         y=alt.Y("mean:Q", title=y, scale=alt.Scale(**kind), axis=axis),
         tooltip=[
             *("arm:N", "layer:N", *(["line:N"] if several else [])),

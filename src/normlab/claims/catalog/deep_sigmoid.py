@@ -23,7 +23,7 @@ __all__ = ["CLAIM"]
 _FINAL = "final test accuracy"
 _COURSE = "test accuracy"
 _ALWAYS_ONE = 0.1135  # Accuracy of saying "1", the most frequent digit of the test images.
-_LINEAR = 92.0  # About what a network without hidden layers gets to, in percent.
+_LINEAR = 92.0  # In percent: about what a network without hidden layers gets to, from memory.
 _GAIN = "batch − plain, final test accuracy"
 _TRAINS = f"batch − {_LINEAR:g}%, final test accuracy"
 
