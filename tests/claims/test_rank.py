@@ -38,7 +38,7 @@ def test_effects_compare_the_last_layer():
         "batch, ReLU": (100, 100),
     }
     rows = [
-        (seed, arm, "numerical rank", layer, value)
+        (seed, arm, "numerical rank", layer, value * (1 + seed * (arm == "batch, linear")))
         for seed in (1, 0)
         for arm, values in ranks.items()
         for layer, value in zip((32, 64), values, strict=True)
@@ -50,7 +50,14 @@ def test_effects_compare_the_last_layer():
     effects = rank.CLAIM.effects(
         pd.DataFrame(rows, columns=["seed", "arm", "quantity", "at", "value"])
     )
-    assert list(effects) == [part.name for part in rank.CLAIM.parts]
-    expected = [3.0, math.log2(50), math.log2(0.8), 0.0, 0.66]
-    for values, wanted in zip(effects.values(), expected, strict=True):
-        assert values == pytest.approx([wanted, wanted])
+    expected = {
+        "linear: rank, batch / plain": (3.0, 4.0),
+        "ReLU: rank, batch / plain": (math.log2(50),) * 2,
+        "linear: rank with batch norm, layer 64 / layer 32": (math.log2(0.8),) * 2,
+        "ReLU: rank with batch norm, layer 64 / layer 32": (0.0, 0.0),
+        "ReLU: cosine, plain − batch": (0.66, 0.66),
+    }
+    assert [part.name for part in rank.CLAIM.parts] == list(expected)
+    assert effects.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert effects[name] == pytest.approx(list(wanted))
