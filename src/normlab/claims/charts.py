@@ -67,7 +67,13 @@ def lines(
     )
     kind: Any = "log" if log_x else "symlog" if symlog_x else None
     base = alt.Chart(data).encode(
-        x=alt.X("at:Q", title=x, scale=alt.Scale(type=kind) if kind else alt.Undefined),
+        x=alt.X(
+            "at:Q",
+            title=x,
+            scale=alt.Scale(type=kind) if kind else alt.Undefined,
+            # On that scale only what was measured has a place worth naming.
+            axis=alt.Axis(values=sorted(set(data["at"]))) if symlog_x else alt.Undefined,
+        ),
         color=color,
     )
     scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)
