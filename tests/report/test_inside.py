@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -39,12 +40,12 @@ def values(comparison, arm, layer, name, step):
 def kept(tmp_path):
     """Keeps events of a small study in a ledger, and returns the comparison."""
 
-    def keep(*events, layers=(), **fields):
+    def keep(*events, layers=None, **fields):
         study = Study(**{"arms": ["batch"], "epochs": 1, "seeds": 2, **fields})
         with Ledger.write(tmp_path, study) as ledger:
             ledger.begin_session(1)
-            for arm in study.arms:
-                ledger.describe(arm, [Layer(name, "x", (), 0) for name in layers])
+            for arm, names in (layers or {}).items():
+                ledger.describe(arm, [Layer(name, "x", (), 0) for name in names])
             for event in events:
                 ledger.add(event, 1.0)
         return Comparison(tmp_path)
@@ -162,13 +163,14 @@ def test_gamma_and_beta_are_the_channels_of_all_seeds(kept):
 def test_panels_stand_in_the_order_of_the_pass(kept):
     layers = ["z.linear", "m.norm", "a.act", "b.out"]
     events = []
-    for seed in range(2):
-        replica = Replica("batch", 0.01, seed)
+    for arm, seed in product(["plain", "batch"], range(2)):
+        replica = Replica(arm, 0.01, seed)
         seen = {name: {"weight": 1.0} for name in ("a.act (call 2)", *reversed(layers))}
         events.append(measured(replica, 10, {}))
         events.append(Reading(replica, 10, 1, {"gradients": seen}))
         events.append(Outcome(replica, "done", 10, 1.0))
-    comparison = kept(*events, layers=layers, probes="gradients")
+    by_arm = {"plain": ["z.linear", "a.act", "b.out"], "batch": layers}
+    comparison = kept(*events, layers=by_arm, arms=list(by_arm), probes="gradients")
     spec = inside_charts(comparison)["weight-gradients"].to_dict()
     order = ["z.linear", "m.norm", "a.act", "a.act (call 2)", "b.out"]
     assert spec["facet"]["sort"] == order

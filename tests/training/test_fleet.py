@@ -377,6 +377,19 @@ def test_histograms_show_what_is_inside_each_replica_after_each_epoch(splits, en
     assert seen[False] > 0
 
 
+@pytest.mark.parametrize("engine", [EAGER, TRACED, NATIVE], ids=str)
+def test_a_fleet_that_gets_the_passes_of_another_is_trained_as_without(splits, engine):
+    def trained(seed, passes):
+        replicas = [Replica("batch", 0.01, seed)]
+        fleet = Fleet([build("batch", seed)], replicas, Recipe(epochs=1), splits, engine, passes)
+        list(fleet.train())
+        return fleet.state(0)
+
+    passes = {}
+    trained(0, passes)
+    assert same_bits(trained(1, passes), trained(1, {}))
+
+
 @pytest.mark.parametrize("engine", [TRACED, STACKED, NATIVE], ids=str)
 def test_a_fleet_goes_on_without_the_replica_that_diverged(splits, tmp_path, engine):
     recipe = Recipe(epochs=3, optimizer="sgd")

@@ -80,7 +80,8 @@ class Fleet:
         passes: dict[Any, program.Pass] | None = None,
         precision: str | None = None,
     ) -> None:
-        self._passes = {} if passes is None else passes
+        # An eager pass calls the module itself, which another fleet may have left in eval mode.
+        self._passes = {} if passes is None or engine.code == "eager" else passes
         self.replicas, self.recipe, self.splits, self.engine = replicas, recipe, splits, engine
         self.precision = precision or recipe.precision
         self.step, self.seconds = 0, 0.0
@@ -97,9 +98,8 @@ class Fleet:
         for network, replica in zip(networks, replicas, strict=True):
             draw_dropout_from(stream(replica.seed, "dropout"), network)
             self._dropouts.append(program.dropouts_of(network))
-        # Sums of the batches' losses, smaller ones by their share, and of right answers; and what
-        # they were when the epoch began. Added up step by step, so that it makes no difference
-        # where training is stopped to look.
+        # Sums of the batches' losses, smaller ones by their share, and of hits; and what they were
+        # when the epoch began. Added up step by step: wherever training stops, they are the same.
         self.losses = torch.zeros(len(replicas), dtype=torch.float64)
         self.hits = torch.zeros(len(replicas), dtype=torch.float64)
         self._begun = self.losses.clone(), self.hits.clone()
