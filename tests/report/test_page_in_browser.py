@@ -1,5 +1,3 @@
-import shutil
-import tempfile
 import time
 
 import pandas as pd
@@ -8,29 +6,8 @@ import pytest
 from normlab.report import CHARTS, headline, write_runs
 from normlab.report.charts import colors
 
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    for program in ("chromium", "chromedriver"):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
-        yield driver
-        driver.quit()
+pytestmark = pytest.mark.slow
+SHOWN = [name for name in CHARTS if name != "sensitivity"]  # These studies have one rate.
 
 
 @pytest.fixture
@@ -70,7 +47,7 @@ def errors(browser):
 
 def test_in_a_browser_every_chart_is_drawn_without_an_error_or_a_request(reported, opened):
     browser = opened(reported[1] / "report.html")
-    for name in CHARTS:
+    for name in SHOWN:
         ((width, height),) = sizes(browser, f"#chart-{name}.vega-embed .marks")
         assert width > 500
         assert height > 100
@@ -95,7 +72,7 @@ def test_in_a_browser_the_answer_is_seen_first(reported, opened):
 def test_in_a_browser_without_javascript_the_drawings_are_seen(reported, opened):
     browser = opened(reported[1] / "report.html", javascript=False)
     assert sizes(browser, ".vega-embed") == []
-    for name in CHARTS:
+    for name in SHOWN:
         ((width, height),) = sizes(browser, f"#chart-{name} > svg")
         assert width > 500
         assert height > 100
@@ -294,7 +271,7 @@ def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, open
 
 def test_in_a_browser_every_drawing_has_its_description(reported, opened):
     browser = opened(reported[1] / "report.html")
-    for name in CHARTS:
+    for name in SHOWN:
         (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
         assert drawing.get_attribute("role") == "img"
         (hidden,) = drawing.find_elements("css selector", "svg > g")

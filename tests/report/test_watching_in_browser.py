@@ -3,8 +3,6 @@
 what changes is in `#report` and `#data`, and `normlab.draw()` draws it again.
 """
 
-import shutil
-import tempfile
 import time
 
 import pytest
@@ -32,29 +30,7 @@ window.drawn = [];
 window.normlab = {{draw: () => drawn.push(document.getElementById("data").textContent)}};
 </script>
 </body></html>"""
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    for program in ("chromium", "chromedriver"):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
-        yield driver
-        driver.quit()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

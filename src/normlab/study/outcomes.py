@@ -92,11 +92,12 @@ def _numbers(
     accuracy = course["test", "accuracy"]
     reached = [step for step, value in accuracy if value >= study.target_accuracy]
     numbers = {
-        "final_train_accuracy": course["train", "accuracy"][-1][1],
         "final_test_accuracy": accuracy[-1][1],
         "final_test_loss": course["test", "loss"][-1][1],
         "steps_to_target": float(reached[0]) if reached else math.nan,
     }
+    if train := course.get(("train", "accuracy")):
+        numbers["final_train_accuracy"] = train[-1][1]
     if validation := course.get(("validation", "accuracy")):
         best = max(range(len(validation)), key=lambda i: validation[i][1])
         numbers["best_validation_test_accuracy"] = accuracy[best][1]
