@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from normlab.errors import InputError, LedgerError
 from normlab.study.declaration import FOR_PEOPLE, Study
+from normlab.study.schema import ADDED, APPLICATION_ID, OLDEST, SCHEMA, VERSION
 from normlab.training import Choice, Engine, Event, Measurement, Reading, Replica
 from normlab.training.networks import Layer
 
@@ -25,56 +26,7 @@ __all__ = ["FILENAME", "Ledger"]
 FILENAME = "ledger.sqlite"
 _LOG = f"{FILENAME}-wal"  # Where SQLite puts what is written before it goes into the file.
 _LOCK = "ledger.lock"
-_APPLICATION_ID = 0x6E726D6C  # "nrml", in the header of the file
-_VERSION = 5  # Of the schema; also there.
 _REPLICA = ", ".join(Replica._fields)
-_ADDED = {
-    4: """
-CREATE TABLE histogram (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    layer TEXT, name TEXT, low REAL NOT NULL, high REAL NOT NULL, counts TEXT NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, step, layer, name)
-) WITHOUT ROWID
-""",
-    5: """
-CREATE TABLE probe (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    probe TEXT, layer TEXT, name TEXT, value REAL NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, step, probe, layer, name)
-) WITHOUT ROWID
-""",
-}
-"""Tables that earlier versions lack, by the version that has them; from 3 on that is all."""
-_SCHEMA = f"""
-CREATE TABLE study (declaration TEXT NOT NULL);
-CREATE TABLE own (field TEXT PRIMARY KEY, digest TEXT NOT NULL);
-CREATE TABLE session (
-    id INTEGER PRIMARY KEY, started TEXT NOT NULL, seconds REAL NOT NULL, workers INTEGER NOT NULL,
-    versions TEXT NOT NULL, machine TEXT NOT NULL
-);
-CREATE TABLE engine (
-    arm TEXT PRIMARY KEY, kind TEXT NOT NULL, code TEXT NOT NULL, seconds TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE replica (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, status TEXT NOT NULL, step INTEGER NOT NULL,
-    seconds REAL NOT NULL, PRIMARY KEY (arm, lr, seed, weight_decay)
-) WITHOUT ROWID;
-CREATE TABLE measurement (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, step INTEGER, epoch INTEGER NOT NULL,
-    split TEXT, metric TEXT, value REAL NOT NULL, time REAL NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, step, split, metric)
-) WITHOUT ROWID;
-{_ADDED[4]};
-{_ADDED[5]};
-CREATE TABLE layer (
-    arm TEXT, place INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, shape TEXT NOT NULL,
-    parameters INTEGER NOT NULL, PRIMARY KEY (arm, place)
-) WITHOUT ROWID;
-CREATE TABLE learned (
-    arm TEXT, lr REAL, seed INTEGER, weight_decay REAL, layer TEXT, name TEXT, value TEXT NOT NULL,
-    PRIMARY KEY (arm, lr, seed, weight_decay, layer, name)
-) WITHOUT ROWID;
-"""
 
 
 class Ledger:
@@ -212,10 +164,10 @@ class Ledger:
 
     def _check(self) -> None:
         (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
-        if application_id != _APPLICATION_ID:
+        if application_id != APPLICATION_ID:
             raise LedgerError(f"{self.path} is not a ledger of normlab: move it away to start anew")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if not min(_ADDED) - 1 <= version <= _VERSION:
+        if not OLDEST <= version <= VERSION:
             raise LedgerError(
                 f"{self.path} is of another version of normlab: use that one, or move it away to "
                 "start anew"
@@ -228,7 +180,7 @@ class Ledger:
     def _lacking(self) -> list[str]:
         """Return the statements that make the tables which this file is too old to have."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        return [statement for since, statement in _ADDED.items() if since > version]
+        return [statement for since, statement in ADDED.items() if since > version]
 
     def _prepare(self, study: Study, own: Mapping[str, str]) -> None:
         is_new = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -240,17 +192,17 @@ class Ledger:
         self._connection.execute("PRAGMA synchronous = NORMAL")
         if is_new:
             with self._transaction():
-                for statement in _SCHEMA.split(";"):
+                for statement in SCHEMA.split(";"):
                     self._connection.execute(statement)
                 self._connection.execute("INSERT INTO study VALUES (?)", (study.to_toml(),))
                 self._connection.executemany("INSERT INTO own VALUES (?, ?)", own.items())
-                self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
         elif lacking := self._lacking():
             with self._transaction():
                 for statement in lacking:
                     self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
         held = self.study
         if held.fingerprint != study.fingerprint:
             raise InputError(
