@@ -13,7 +13,7 @@ __all__ = [
     "alone",
     "deep_linear",
     "deep_linear_inside",
-    "fashion",
+    "fashion_fields",
     "fashion_inside",
     "fashion_part",
     "fashion_relu",
@@ -89,7 +89,7 @@ def fashion_part() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return whole.images[first], whole.labels[first], whole.images[tests], whole.labels[tests]
 
 
-def fashion(quick: bool, *, epochs: int, quick_epochs: int) -> dict[str, Any]:
+def fashion_fields(quick: bool, *, epochs: int, quick_epochs: int) -> dict[str, Any]:
     """Return the fields of a study on Fashion-MNIST: data, optimizer, batch and length.
 
     Args:
@@ -117,7 +117,7 @@ def fashion_relu(quick: bool) -> Study:
         name="claims-fashion-relu",
         network=_PERCEPTRON,
         lr=tuple(2.0**k for k in range(-4, 6)),
-        **fashion(quick, epochs=5, quick_epochs=2),
+        **fashion_fields(quick, epochs=5, quick_epochs=2),
     )
 
 
@@ -133,7 +133,7 @@ def fashion_inside(quick: bool) -> Study:
         lr=0.1,
         probes=("covariate-shift", "smoothness"),
         probe_every=26 if quick else 65,
-        **fashion(quick, epochs=5, quick_epochs=2),
+        **fashion_fields(quick, epochs=5, quick_epochs=2),
     )
 
 
@@ -168,5 +168,5 @@ def deep_linear_inside(quick: bool) -> Study:
         lr=0.01,
         probes="covariate-shift",
         probe_every=39 if quick else 195,
-        **fashion(quick, epochs=5, quick_epochs=1),
+        **fashion_fields(quick, epochs=5, quick_epochs=1),
     )

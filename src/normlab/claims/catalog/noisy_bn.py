@@ -9,7 +9,7 @@ from normlab.claims import noise
 from normlab.claims.charts import dots
 from normlab.claims.claim import Claim, Part, Row
 from normlab.claims.effects import contrast, of_arm
-from normlab.claims.setups import fashion
+from normlab.claims.setups import fashion_fields
 from normlab.claims.work import Work
 from normlab.study import Study
 
@@ -32,7 +32,7 @@ def _study(prefix: str, quick: bool) -> Study:
         name=f"claims-{function.__name__.replace('_', '-')}",
         network=f"{function.__module__}:{function.__name__}",
         lr=(1 / 32, 1 / 8, 1 / 2, 2),
-        **fashion(quick, epochs=5, quick_epochs=2),
+        **fashion_fields(quick, epochs=5, quick_epochs=2),
     )
 
 
