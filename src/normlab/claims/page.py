@@ -70,10 +70,6 @@ def _section(result: Result) -> list[str]:
     if result.kept:
         picture = f"images/claims/{claim.name}.png"
         lines += ["", f"![{claim.metric}]({picture})", ""]
-        lines.append(f"`normlab claims {claim.name}`; {len(result.kept)} seeds, {_took(result)}.")
+        quick = " --quick" * result.quick
+        lines.append(f"`normlab claims {claim.name}{quick}`; {len(result.kept)} seeds.")
     return lines
-
-
-def _took(result: Result) -> str:
-    seconds = result.seconds
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
