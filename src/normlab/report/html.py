@@ -24,11 +24,8 @@ def room(main: str, specs: dict[str, Any]) -> int:
         main: The contents, as HTML.
         specs: Of the charts.
     """
-    import vl_convert
-
-    library = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     charts = json.dumps(specs, separators=(",", ":"))
-    rest = (main, charts, library, _text("style.css"), _text("script.js"))
+    rest = (main, charts, _library(), _text("style.css"), _text("script.js"))
     return _LARGEST - sum(len(part.encode()) for part in rest)
 
 
@@ -41,8 +38,6 @@ def page(title: str, description: str, main: str, data: dict[str, Any]) -> str:
         main: The contents, as HTML.
         data: What the script draws: `specs`, by the names of their figures, and more for curves.
     """
-    import vl_convert
-
     return _template("page.html").substitute(
         title=escape(title),
         description=escape(description),
@@ -50,10 +45,18 @@ def page(title: str, description: str, main: str, data: dict[str, Any]) -> str:
         main=main,
         # "<" could end the script element, or begin a comment in it.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-        # The library's stub does not know that the snippet may be left out.
-        library=vl_convert.javascript_bundle(),  # type: ignore[call-arg]
+        library=_library(),
         script=_text("script.js"),
     )
+
+
+@cache
+def _library() -> str:
+    """Return the JavaScript that draws charts, nearly a megabyte of it."""
+    import vl_convert
+
+    # The library's stub does not know that the snippet may be left out.
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]
 
 
 def section(heading: str, *parts: str) -> str:

@@ -18,8 +18,9 @@ from normlab.claims.trained import FASHION, SETUP, accuracy, batches, fashion, p
 from normlab.claims.work import Work
 from normlab.layers import Dropout
 from normlab.streams import stream
+from normlab.study.outcomes import choose
 from normlab.surgery import recalibrate
-from normlab.training import Replica
+from normlab.training import Replica, Setting
 
 if TYPE_CHECKING:
     import altair as alt
@@ -120,16 +121,17 @@ def _seen(seed: int, folder: Path) -> list[Row]:
 
 def _chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """Return what each arm and seed has at the rate that is best by its other seeds."""
-    kept = []
-    for arm, of_arm in frame.groupby("arm", sort=False):
-        choice = of_arm[of_arm["quantity"] == _CHOICE].fillna({"value": 0.0})
-        scores = choice.pivot(index="seed", columns="at", values="value")
-        others = scores.sum() - scores
-        for seed, lr in others.idxmax(axis=1).items():
-            kept.append(of_arm[(of_arm["seed"] == seed) & (of_arm["at"] == lr)].assign(arm=arm))
-    import pandas as pd
-
-    return pd.concat(kept)
+    seeds = sorted(frame["seed"].unique())
+    # One that diverged has no accuracy, and is never chosen.
+    validation = frame[frame["quantity"] == _CHOICE].dropna()
+    finals = {(one.arm, one.at, one.seed, 0.0): one.value for one in validation.itertuples()}
+    kept = {
+        (arm, seed, setting.lr)
+        for arm in frame["arm"].unique()
+        for seed, setting in choose(finals, arm, list(map(Setting, _RATES)), seeds).items()
+    }
+    keys = zip(frame["arm"], frame["seed"], frame["at"], strict=True)
+    return frame[[key in kept for key in keys]]
 
 
 def _effects(frame: pd.DataFrame) -> Mapping[str, Sequence[float]]:
