@@ -7,7 +7,7 @@ from torch import nn
 
 from normlab.probes.smoothness import smoothness
 
-RELATIVE = np.geomspace(1e-4, 1e-1, 10)
+RELATIVE = np.geomspace(1e-4, 1e-1, 5)
 
 
 def expected(state, trained, by_hand, x, y, lr):
@@ -24,7 +24,7 @@ def expected(state, trained, by_hand, x, y, lr):
     _, slope = loss_and_gradient(start)
     found = {}
     for prefix, steps in (
-        ("", np.linspace(0.1, 4, 10) * lr),
+        ("", np.linspace(0.1, 4, 5) * lr),
         ("relative.", RELATIVE * length(start) / length(slope)),
     ):
         losses, changes = [], []

@@ -69,7 +69,7 @@ CLAIM = Claim(
     name="smoothness",
     statement="With batch norm the loss varies less along its gradient.",
     source="Santurkar, Tsipras, Ilyas and Mądry, 2018",
-    metric=f"{_RANGE} of L(w − ηg) over ten η, without batch norm − with it, mean over steps: η "
+    metric=f"{_RANGE} of L(w − ηg) over five η, without batch norm − with it, mean over steps: η "
     "from 0.1 to 4 learning rates, and η for which η‖g‖/‖w‖ goes from 0.0001 to 0.1.",
     published="Less with batch norm in a plot, of steps in learning rates alone, and no figure.",
     setup="Fashion-MNIST, 55,000 training images, a perceptron of 4×128 ReLUs, batch 128, SGD at "
