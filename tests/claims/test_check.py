@@ -113,6 +113,21 @@ def test_numbers_that_are_not_finite_are_kept(tmp_path, monkeypatch):
     assert frame["at"].tolist()[:2] == [0.5, 0]
 
 
+@pytest.mark.parametrize("says", ["more", "equal", "exact"])
+def test_numbers_that_are_not_finite_are_told_in_words_and_in_json(says, tmp_path, monkeypatch):
+    odd_one = replace(
+        MADE_UP,
+        parts=(Part("batch − plain", says, 0.5),),
+        effects=lambda _: {"batch − plain": [1.0] * 4 + [math.nan]},
+    )
+    monkeypatch.setitem(claims.CLAIMS, "made-up", odd_one)
+    result = check("made-up", out=tmp_path)
+    assert "nan" not in str(result)
+    (found,) = json.loads(json.dumps(result.summary(), allow_nan=False))["evidence"]
+    assert found["mean"] is None
+    assert found["reason"] in str(result)
+
+
 def test_nothing_is_measured_twice_at_once(tmp_path, monkeypatch):
     def nested(work):
         check("made-up", out=tmp_path)
