@@ -87,4 +87,5 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    is_cheap=True,
 )

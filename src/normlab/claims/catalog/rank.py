@@ -136,4 +136,5 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    is_cheap=True,
 )
