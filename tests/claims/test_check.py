@@ -4,13 +4,14 @@ import json
 import math
 import sqlite3
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
 
 from normlab import claims
 from normlab.claims import Claim, Part, Row, check, last, page
-from normlab.claims.charts import dots, lines
+from normlab.claims.charts import dots, lines, scatter
 from normlab.cli import main
 from normlab.errors import InputError, LedgerError
 
@@ -209,3 +210,16 @@ def test_lines_are_means_with_intervals():
     (data,) = spec["datasets"].values()
     assert [(each["at"], each["mean"], each["n"]) for each in data] == [(1, 2, 3), (2, 3, 3)]
     assert data[0]["low"] == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
+    assert spec["title"]["subtitle"].startswith("mean of 3 to 4 seeds")
+
+
+@pytest.mark.parametrize("draw", [dots, partial(scatter, y="y")])
+def test_what_failed_is_not_left_out_in_silence(draw):
+    rows = [(seed, "batch", "q", 1.0, float(seed)) for seed in range(3)]
+    rows += [(3, "batch", "q", 1.0, math.inf), (4, "batch", "q", 1.0, math.nan)]
+    frame = pd.DataFrame(rows, columns=["seed", "arm", "quantity", "at", "value"])
+    told = "; not shown: 2 that failed"
+    for some, ending in ((frame, told), (frame[:3], "")):
+        spec = draw(some, title="t", x="x", arms=["batch"]).to_dict()
+        assert spec["title"]["subtitle"].endswith(ending)
+        assert ("not shown" in spec["title"]["subtitle"]) == bool(ending)
