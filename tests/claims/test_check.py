@@ -154,6 +154,13 @@ def test_a_file_that_is_something_else(tmp_path):
         check("made-up", out=tmp_path / "file")
 
 
+def test_a_ledger_that_was_killed_before_it_had_a_table_holds_nothing(tmp_path):
+    (tmp_path / "claims.sqlite").touch()
+    (known,) = last(["made-up"], out=tmp_path)
+    assert not known.kept
+    assert check("made-up", out=tmp_path).verdict == "supported"
+
+
 def test_an_unknown_claim():
     with pytest.raises(InputError, match="did you mean made-up"):
         check("made-upp")
