@@ -196,5 +196,8 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    disagreement="What the variance costs is told by the second part. The third compares four "
+    "dropouts with one, so that not their place alone is another; and rates end at "
+    f"{_RATES[-1]}, which may be too small for one of the two.",
     is_cheap=True,
 )
