@@ -101,6 +101,13 @@ def test_what_was_measured_otherwise_does_not_count(tmp_path, monkeypatch):
     assert len(ASKED) == 2
 
 
+def test_seeds_that_a_claim_no_longer_rests_on_do_not_count(tmp_path, monkeypatch):
+    check("made-up", out=tmp_path)
+    monkeypatch.setitem(claims.CLAIMS, "made-up", replace(MADE_UP, seeds=(1, 2, 3, 4, 5)))
+    assert sorted(check("made-up", out=tmp_path).kept) == [1, 2, 3, 4, 5]
+    assert ASKED[-1] == ((5,), False)
+
+
 def test_numbers_that_are_not_finite_are_kept(tmp_path, monkeypatch):
     def odd(work):
         for seed in work.seeds:

@@ -1,6 +1,8 @@
 """Claims about trained networks: what they measure, by hand, and what they make of numbers."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -135,6 +137,21 @@ def test_what_adaptation_makes_of_numbers():
     effects = adaptation.CLAIM.effects(frame_of({0: rows}))
     assert [round(each[0], 6) for each in effects.values()] == [20.0, -10.0, 60.0, 30.0]
     assert [part.name for part in adaptation.CLAIM.parts] == list(effects)
+
+
+def test_images_that_are_adapted_to_are_not_those_that_are_judged_by(monkeypatch):
+    seen, judged = set(), set()
+    labels = SimpleNamespace(labels=torch.arange(100) % 10, classes=10)
+    data = SimpleNamespace(indices={"test": torch.arange(100)}, dataset=labels)
+    monkeypatch.setattr(adaptation, "fashion", lambda: data)
+    monkeypatch.setattr(adaptation, "trained", lambda *_: None)
+    monkeypatch.setattr(adaptation, "adapt", lambda network, _: (network, None))
+    monkeypatch.setattr(adaptation, "batches", lambda some, _: seen.update(some.tolist()) or [])
+    monkeypatch.setattr(
+        adaptation, "accuracy", lambda _, some, *__: judged.update(some.tolist()) or 0.5
+    )
+    adaptation._seen(0, Path())
+    assert (len(seen), len(judged), len(seen | judged)) == (50, 50, 100)
 
 
 @pytest.mark.slow
