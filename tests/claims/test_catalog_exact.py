@@ -14,6 +14,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_decided_in_a_quick_run(name, tmp_path):
     result = claims.check(name, quick=True, out=tmp_path)
+    assert result.quick == ("quick: " in claims.CLAIMS[name].setup)
     assert result.verdict == "supported"
     assert [each.part for each in result.evidence] == list(claims.CLAIMS[name].parts)
     assert result.chart().to_dict()
@@ -27,3 +28,8 @@ def test_what_is_said_of_it_is_there(name):
     assert claim.published.endswith(".")
     assert "quick" in claim.setup
     assert len({part.name for part in claim.parts}) == len(claim.parts)
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS.values(), ids=claims.CLAIMS)
+def test_a_quick_run_is_one_only_where_it_has_fewer_steps(claim):
+    assert claim.is_cheap != ("quick: " in claim.setup.lower())

@@ -4,13 +4,14 @@ import json
 import math
 import sqlite3
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
 
 from normlab import claims
 from normlab.claims import Claim, Part, Row, check, last, page
-from normlab.claims.charts import dots, lines
+from normlab.claims.charts import dots, lines, scatter
 from normlab.cli import main
 from normlab.errors import InputError, LedgerError
 
@@ -100,6 +101,13 @@ def test_what_was_measured_otherwise_does_not_count(tmp_path, monkeypatch):
     assert len(ASKED) == 2
 
 
+def test_seeds_that_a_claim_no_longer_rests_on_do_not_count(tmp_path, monkeypatch):
+    check("made-up", out=tmp_path)
+    monkeypatch.setitem(claims.CLAIMS, "made-up", replace(MADE_UP, seeds=(1, 2, 3, 4, 5)))
+    assert sorted(check("made-up", out=tmp_path).kept) == [1, 2, 3, 4, 5]
+    assert ASKED[-1] == ((5,), False)
+
+
 def test_numbers_that_are_not_finite_are_kept(tmp_path, monkeypatch):
     def odd(work):
         for seed in work.seeds:
@@ -111,6 +119,21 @@ def test_numbers_that_are_not_finite_are_kept(tmp_path, monkeypatch):
     assert frame["value"].tolist()[::2] == [math.inf] * 5
     assert frame["value"][1::2].isna().all()
     assert frame["at"].tolist()[:2] == [0.5, 0]
+
+
+@pytest.mark.parametrize("says", ["more", "equal", "exact"])
+def test_numbers_that_are_not_finite_are_told_in_words_and_in_json(says, tmp_path, monkeypatch):
+    odd_one = replace(
+        MADE_UP,
+        parts=(Part("batch − plain", says, 0.5),),
+        effects=lambda _: {"batch − plain": [1.0] * 4 + [math.nan]},
+    )
+    monkeypatch.setitem(claims.CLAIMS, "made-up", odd_one)
+    result = check("made-up", out=tmp_path)
+    assert "nan" not in str(result)
+    (found,) = json.loads(json.dumps(result.summary(), allow_nan=False))["evidence"]
+    assert found["mean"] is None
+    assert found["reason"] in str(result)
 
 
 def test_nothing_is_measured_twice_at_once(tmp_path, monkeypatch):
@@ -136,6 +159,13 @@ def test_a_file_that_is_something_else(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         check("made-up", out=tmp_path / "file")
+
+
+def test_a_ledger_that_was_killed_before_it_had_a_table_holds_nothing(tmp_path):
+    (tmp_path / "claims.sqlite").touch()
+    (known,) = last(["made-up"], out=tmp_path)
+    assert not known.kept
+    assert check("made-up", out=tmp_path).verdict == "supported"
 
 
 def test_an_unknown_claim():
@@ -194,3 +224,16 @@ def test_lines_are_means_with_intervals():
     (data,) = spec["datasets"].values()
     assert [(each["at"], each["mean"], each["n"]) for each in data] == [(1, 2, 3), (2, 3, 3)]
     assert data[0]["low"] == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
+    assert spec["title"]["subtitle"].startswith("mean of 3 to 4 seeds")
+
+
+@pytest.mark.parametrize("draw", [dots, partial(scatter, y="y")])
+def test_what_failed_is_not_left_out_in_silence(draw):
+    rows = [(seed, "batch", "q", 1.0, float(seed)) for seed in range(3)]
+    rows += [(3, "batch", "q", 1.0, math.inf), (4, "batch", "q", 1.0, math.nan)]
+    frame = pd.DataFrame(rows, columns=["seed", "arm", "quantity", "at", "value"])
+    told = "; not shown: 2 that failed"
+    for some, ending in ((frame, told), (frame[:3], "")):
+        spec = draw(some, title="t", x="x", arms=["batch"]).to_dict()
+        assert spec["title"]["subtitle"].endswith(ending)
+        assert ("not shown" in spec["title"]["subtitle"]) == bool(ending)

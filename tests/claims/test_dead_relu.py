@@ -1,6 +1,7 @@
 import math
 
 import pandas as pd
+import pytest
 import torch
 from torch import nn
 
@@ -10,7 +11,7 @@ from normlab.layers import BatchNorm1d
 from normlab.training import Recipe
 
 CLAIM = CLAIMS["dead-relu"]
-DIFFERENCE, LEVEL = CLAIM.parts
+DIFFERENCE, LEVEL, RISE = CLAIM.parts
 FIRST, SHARE = "share of dead units before training", "share of dead units after training"
 
 
@@ -64,7 +65,7 @@ def test_a_seed_without_a_common_rate_has_failed():
     assert all(math.isnan(row.value) for row in rows)
 
 
-def test_effects_are_points_at_the_larger_rate():
+def test_effects_are_points_at_the_larger_rate_and_beside_the_smaller():
     found = CLAIM.effects(
         frame(
             [
@@ -76,7 +77,11 @@ def test_effects_are_points_at_the_larger_rate():
             ]
         )
     )
-    assert found == {DIFFERENCE.name: [37.5, 50.0], LEVEL.name: [12.5, 25.0]}
+    assert found == {
+        DIFFERENCE.name: [37.5, 50.0],
+        LEVEL.name: [12.5, 25.0],
+        RISE.name: pytest.approx([40.0, 35.0]),
+    }
 
 
 def test_effects_of_a_failed_seed_are_no_numbers():
@@ -85,9 +90,12 @@ def test_effects_of_a_failed_seed_are_no_numbers():
             [
                 *((0, "plain", SHARE, math.nan, math.nan), (0, "batch", SHARE, math.nan, math.nan)),
                 *((1, "plain", SHARE, 8.0, 0.5), (1, "batch", SHARE, 8.0, 0.25)),
+                *((2, "plain", SHARE, 8.0, math.nan), (2, "batch", SHARE, 8.0, 0.25)),
+                *((2, "plain", SHARE, 0.5, 0.5), (2, "batch", SHARE, 0.5, 0.25)),
             ]
         )
     )
-    assert len(found[LEVEL.name]) == 2
+    assert len(found[LEVEL.name]) == 3
     assert math.isnan(found[DIFFERENCE.name][0])
-    assert found[DIFFERENCE.name][1] == 25.0
+    assert found[DIFFERENCE.name][1:] == [25.0, -math.inf]
+    assert found[RISE.name][1:] == [0.0, -math.inf]

@@ -51,7 +51,8 @@ def test_exact_is_what_every_seed_is():
     part = Part("a", "exact", 1e-6)
     assert weigh(part, [1e-7, -1e-6]).word == "supported"
     assert weigh(part, [1e-7, -1.1e-6]).word == "refuted"
-    assert weigh(part, [0.0, math.nan]).word == "refuted"
+    found = weigh(part, [0.0, math.nan])
+    assert (found.word, found.mean) == ("refuted", None)
 
 
 def test_few_seeds_decide_nothing():

@@ -51,6 +51,13 @@ def test_faster_is_not_supported_by_what_a_step_with_batch_norm_costs_more():
     assert weigh(part, only(CLAIMS["faster"].effects(frame))).word == "refuted"
 
 
+def test_accuracy_is_batch_norms_less_that_without_in_points_of_each_study():
+    parts = CLAIMS["accuracy"].parts
+    frames = [frame_of(part.name, plain=[0.5], batch=[0.6]) for part in parts]
+    found = CLAIMS["accuracy"].effects(pd.concat(frames))
+    assert found == {part.name: [pytest.approx(10.0)] for part in parts}
+
+
 def test_drift_is_the_way_of_the_middle_in_widths():
     # |1 − 0| + |−2 − 1| + |−2 + 2| = 4; the widths are 2, 4, 1 and 8, their median 3.
     low, middle, high = [-1.0, -1.0, -2.5, -6.0], [0.0, 1.0, -2.0, -2.0], [1.0, 3.0, -1.5, 2.0]

@@ -1,6 +1,8 @@
 """Claims about trained networks: what they measure, by hand, and what they make of numbers."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -91,6 +93,26 @@ def test_a_network_that_diverged_is_never_chosen():
     assert set(chosen["at"]) == {0.1}
 
 
+def test_what_dropout_shift_makes_of_numbers_and_of_a_network_that_diverged():
+    before, after = dropout_shift._BEFORE, dropout_shift._AFTER
+    alike = {"validation": 0.9, dropout_shift._SHIFT: 0.5}
+    alike |= {dropout_shift._WITH: 0.7, dropout_shift._WITHOUT: 0.75}
+    accuracies = {0: (0.7, 0.8), 1: (math.nan, 0.8), 2: (0.7, math.nan)}
+    rows = {
+        seed: [
+            *(Row(before, quantity, 0.1, value) for quantity, value in alike.items()),
+            Row(before, "accuracy", 0.1, first),
+            Row(after, "validation", 0.1, 0.9),
+            Row(after, "accuracy", 0.1, second),
+        ]
+        for seed, (first, second) in accuracies.items()
+    }
+    shift, statistics, place = dropout_shift.CLAIM.effects(frame_of(rows)).values()
+    assert shift == [0.5] * 3
+    assert statistics == pytest.approx([5.0] * 3)
+    assert place == [pytest.approx(10.0), math.inf, -math.inf]
+
+
 def test_what_precise_bn_makes_of_numbers():
     values = dict(zip(precise_bn._SAMPLES, (0.7, 0, 0, 0.79, 0, 0, 0.81, 0.8), strict=True))
     rows = [Row(precise_bn._PRECISE, "accuracy", n, value) for n, value in values.items()]
@@ -115,6 +137,21 @@ def test_what_adaptation_makes_of_numbers():
     effects = adaptation.CLAIM.effects(frame_of({0: rows}))
     assert [round(each[0], 6) for each in effects.values()] == [20.0, -10.0, 60.0, 30.0]
     assert [part.name for part in adaptation.CLAIM.parts] == list(effects)
+
+
+def test_images_that_are_adapted_to_are_not_those_that_are_judged_by(monkeypatch):
+    seen, judged = set(), set()
+    labels = SimpleNamespace(labels=torch.arange(100) % 10, classes=10)
+    data = SimpleNamespace(indices={"test": torch.arange(100)}, dataset=labels)
+    monkeypatch.setattr(adaptation, "fashion", lambda: data)
+    monkeypatch.setattr(adaptation, "trained", lambda *_: None)
+    monkeypatch.setattr(adaptation, "adapt", lambda network, _: (network, None))
+    monkeypatch.setattr(adaptation, "batches", lambda some, _: seen.update(some.tolist()) or [])
+    monkeypatch.setattr(
+        adaptation, "accuracy", lambda _, some, *__: judged.update(some.tolist()) or 0.5
+    )
+    adaptation._seen(0, Path())
+    assert (len(seen), len(judged), len(seen | judged)) == (50, 50, 100)
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def lines(
 
     Args:
         frame: Columns `seed`, `arm`, `quantity`, `at` and `value`; a value that is not finite, or
-            not above zero on a logarithmic scale, is left out, and with it its seed at that place.
+            not above zero on a logarithmic scale, is left out, and with it its seed at that place:
+            the subtitle says of how few seeds a mean then is.
         title: What is shown.
         x: What `at` is.
         y: What the value is.
@@ -88,12 +89,14 @@ def lines(
         )
         layers.append(rule.encode(y=alt.Y("expected:Q", scale=scale)))
     seeds, kind = frame["seed"].nunique(), "geometric mean" if log_y else "mean"
+    least = data["n"].min() if len(data) else 0
+    of = f"{seeds}" if least == seeds else f"{least} to {seeds}"
     return alt.layer(*layers).properties(
         width=480,
         height=260,
         title=alt.TitleParams(
             title,
-            subtitle=f"{kind} of {seeds} seeds; band: pointwise 95% interval",
+            subtitle=f"{kind} of {of} seeds; band: pointwise 95% interval",
             anchor="start",
         ),
     )
@@ -105,7 +108,7 @@ def dots(
     """Draw each seed's value as a dot, a row for each arm, with the means.
 
     Args:
-        frame: As for `lines`.
+        frame: As for `lines`; the subtitle says how many values are not finite, and not shown.
         title: What is shown.
         x: What the value is.
         arms: The rows, from above.
@@ -132,7 +135,11 @@ def dots(
     return alt.layer(seeds, mean).properties(
         width=480,
         height=alt.Step(40),
-        title=alt.TitleParams(title, subtitle="dots: seeds; stroke: their mean", anchor="start"),
+        title=alt.TitleParams(
+            title,
+            subtitle="dots: seeds; stroke: their mean" + _failed(len(frame) - len(finite)),
+            anchor="start",
+        ),
     )
 
 
@@ -142,7 +149,7 @@ def scatter(
     """Draw each seed's value over `at` as a dot, for values that each seed has at its own place.
 
     Args:
-        frame: As for `lines`.
+        frame: As for `dots`.
         title: What is shown.
         x: What `at` is.
         y: What the value is.
@@ -174,6 +181,13 @@ def scatter(
         width=480,
         height=260,
         title=alt.TitleParams(
-            title, subtitle="dots: seeds; stroke: the mean of those at one place", anchor="start"
+            title,
+            subtitle="dots: seeds; stroke: the mean of those at one place"
+            + _failed(len(frame) - len(finite)),
+            anchor="start",
         ),
     )
+
+
+def _failed(count: int) -> str:
+    return f"; not shown: {count} that failed" if count else ""

@@ -69,7 +69,8 @@ class Claim:
         effects: From all the rows, with a column `seed`, the numbers of each part, one a seed in
             the order of the seeds, by the part's name.
         chart: Draws all the rows.
-        disagreement: What to say plainly of a text that says otherwise, if one does.
+        disagreement: What to say plainly beside a verdict: of a text that says otherwise, or of
+            what these numbers do not tell.
         seeds: On which it rests.
         is_cheap: Whether there are no fewer steps for a quick run, which then is a full one.
     """

@@ -28,7 +28,7 @@ class Evidence:
     Attributes:
         part: Which.
         n: Seeds.
-        mean: Over seeds; the largest size where the part is exact; None if a replica failed.
+        mean: Over seeds; the largest size where the part is exact; None if one is not finite.
         interval: Of the mean; None for exact parts, and where a replica failed.
         confidence: Of the interval.
         wins: Seeds whose number is above zero.
@@ -80,7 +80,9 @@ def weigh(part: Part, values: Sequence[float], parts: int = 1) -> Evidence:
         return Evidence(part, len(numbers), mean, interval, confidence, wins, losses, word, reason)
 
     if part.says == "exact":
-        worst = float(np.abs(numbers).max(initial=0.0)) if len(numbers) else math.nan
+        if not np.isfinite(numbers).all():
+            return found("refuted", reason="a number is not finite")
+        worst = float(np.abs(numbers).max(initial=0.0))
         return found("supported" if worst <= part.margin else "refuted", worst)
     if len(numbers) < _MINIMUM_SEEDS:
         return found("inconclusive", reason=f"{len(numbers)} seeds are too few to judge by")

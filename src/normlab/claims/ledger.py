@@ -84,7 +84,10 @@ class Ledger:
             yield None
             return
         with cls._open(folder / _FILENAME, "ro") as ledger:
-            yield ledger
+            # One that was killed before it had a table holds nothing.
+            query = "SELECT count(*) FROM sqlite_master"
+            (tables,) = ledger._connection.execute(query).fetchone()
+            yield ledger if tables else None
 
     @classmethod
     @contextmanager

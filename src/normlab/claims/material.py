@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,6 @@ from normlab.data import gather, load
 from normlab.layers import NORM_LAYERS
 from normlab.networks import build_network
 from normlab.streams import stream
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["NO_EPS", "apart", "hidden_layers", "images", "network"]
 

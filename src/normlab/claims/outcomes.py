@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from normlab.claims.claim import Row
 from normlab.study import Comparison
 from normlab.training import Setting
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Rows", "course", "ends", "merged"]
 

@@ -12,7 +12,7 @@ from normlab.files import replace
 __all__ = ["page"]
 
 _ABOUT = """\
-What is said of normalization, and what came of testing it. Each claim has numbers, one a seed, and a margin, both declared before anything was measured. A part that claims *more* is supported if the 95% interval of the mean lies above zero, and refuted if it lies below zero or inside the margin; one that claims *equal* is supported if the interval lies inside the margin, and refuted if it lies outside; one that claims exactness is supported if no number exceeds its tolerance. A claim is supported if all its parts are, and refuted if one is; with several parts each interval is the wider for it (Bonferroni). Otherwise it is inconclusive: these runs cannot tell. A verdict is on the setup that is named, and on no other.
+What is said of normalization, and what came of testing it. Each claim has numbers, one a seed, and a margin, both declared before anything was measured. A part that claims *more* is supported if the 95% interval of the mean lies above zero, and refuted if it lies below zero or inside the margin; one that claims *equal* is supported if the interval lies inside the margin, and refuted if it lies outside; one that claims exactness is supported if no number exceeds its tolerance. A claim is supported if all its parts are, and refuted if one is; with several parts each interval is the wider for it (Bonferroni). Otherwise it is inconclusive: these runs cannot tell. Each claim is judged by itself, at 5%: of twenty verdicts one may be chance. A verdict is on the setup that is named, and on no other.
 """  # noqa: E501 - Markdown's paragraphs are lines.
 
 

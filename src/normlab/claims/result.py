@@ -120,7 +120,8 @@ def told(evidence: Evidence) -> str:
     """Return what was found about a part, in one line."""
     part, unit = evidence.part, f" {evidence.part.unit}" if evidence.part.unit else ""
     if part.says == "exact":
-        return f"{part.name}: at most {evidence.mean:.2g}{unit}, asked {part.margin:g}"
+        worst = evidence.reason if evidence.mean is None else f"at most {evidence.mean:.2g}{unit}"
+        return f"{part.name}: {worst}, asked {part.margin:g}"
     matters = "matters from" if part.says == "more" else "does not matter up to"
     found = evidence.reason
     if evidence.interval is not None and evidence.mean is not None:

@@ -135,6 +135,7 @@ CLAIM = Claim(
     disagreement=(
         "The other belief is that batch norm is one to two points more accurate; no study can bear "
         "out both. These trainings are not tuned: another learning rate may suit either network "
-        "better, and longer training may close a gap."
+        "better, and longer training may close a gap. So this is about these trainings at their "
+        "length, and not about networks that are trained until nothing more is gained."
     ),
 )

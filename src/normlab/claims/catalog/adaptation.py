@@ -146,7 +146,8 @@ CLAIM = Claim(
     source="Schneider and others, 2020; Nado and others, 2020",
     metric="Test accuracy with statistics (1 − w)·training's + w·those of n images, w = n/(n + "
     "16), less that with training's own.",
-    published="On corrupted ImageNet the error fell from 76.7% to 62.2%.",
+    published="On ImageNet-C the mean corruption error of a ResNet-50, relative to AlexNet's "
+    "errors, fell from 76.7% to 62.2%.",
     setup=f"{SETUP}, a rate of {_LR}. Half of the test images to adapt to, 512 of them where a "
     "verdict is made, and the other half to be right about. Noise of deviation "
     f"{_DEVIATION}, a Gaussian blur of {_WIDTH} pixels, contrast × {_CONTRAST}; one class, "
@@ -155,5 +156,7 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    disagreement="Half of the test images hold about 500 of a class: 512 of one class are all of "
+    "those.",
     is_cheap=True,
 )

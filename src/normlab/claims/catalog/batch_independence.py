@@ -186,4 +186,5 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    is_cheap=True,
 )

@@ -88,4 +88,8 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    disagreement=(
+        "Both begin with torch's own first weights; with others a deep network of sigmoids may "
+        "train without batch norm, which is not measured here."
+    ),
 )

@@ -74,4 +74,8 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    disagreement=(
+        "Each arm's learning rate is the one that ends best, which need not be the one that gets "
+        "to 95% first."
+    ),
 )

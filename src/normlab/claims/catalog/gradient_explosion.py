@@ -128,7 +128,8 @@ CLAIM = Claim(
     chart=_chart,
     disagreement=(
         "This is about networks without skip connections, before their first step; it says nothing "
-        "of what training makes of them. With skips around the norms gradients do not explode: see "
-        "identity-bias."
+        "of what training makes of them, nor of networks with skips, of which identity-bias looks "
+        "at what goes forward. The limit is published; what is expected of smaller batches is "
+        "worked out here."
     ),
 )

@@ -126,4 +126,5 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    is_cheap=True,
 )

@@ -87,4 +87,9 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    disagreement=(
+        "Of a batch of 64 the formula says a growth by 1.6%, which is less than the 3% that do not "
+        "matter: that part cannot tell the formula from no growth at all."
+    ),
+    is_cheap=True,
 )

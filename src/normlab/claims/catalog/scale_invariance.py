@@ -119,4 +119,5 @@ CLAIM = Claim(
     measure=_measure,
     effects=_effects,
     chart=_chart,
+    is_cheap=True,
 )
