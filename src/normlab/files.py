@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "replace"]
+from normlab.errors import InputError
+
+__all__ = ["cache_folder", "held", "replace"]
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -32,6 +36,38 @@ def replace(path: Path, content: str | bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path, lock: str) -> Iterator[None]:
+    """Make a folder if it is not there, and keep it from other writers.
+
+    Args:
+        folder: Where results are written.
+        lock: Name of the file in it that says so to others.
+
+    Raises:
+        InputError: It cannot be written, or another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = FileLock(folder / lock)
+        # Who asks whether it is in use has it for an instant.
+        own.acquire(timeout=0.1, poll_interval=0.01)
+    except FileExistsError:
+        raise InputError(f"{folder} is a file: name a folder with --out") from None
+    except Timeout:
+        raise InputError(
+            f"{folder} is in use by another run: wait for it, or name another with --out"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        own.release()
 
 
 def cache_folder() -> Path:

@@ -13,10 +13,9 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from normlab.claims.claim import Claim, Row
 from normlab.errors import InputError, LedgerError
+from normlab.files import held
 
 __all__ = ["Kept", "Ledger"]
 
@@ -60,26 +59,20 @@ class Ledger:
             InputError: The folder cannot be written, or is in use.
             LedgerError: The file there is damaged or something else.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "claims.lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{folder} is in use by another run: wait for it, or name another with --out"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-        try:
-            with cls._open(folder / _FILENAME, "rwc") as ledger:
-                yield ledger
-        finally:
-            lock.release()
+        with held(folder, "claims.lock"), cls._open(folder / _FILENAME, "rwc") as ledger:
+            yield ledger
 
     @classmethod
     @contextmanager
     def read(cls, folder: Path) -> Iterator[Ledger | None]:
-        """Open a folder's ledger to read it; None if there is none."""
+        """Open a folder's ledger to read it; None if there is none.
+
+        Raises:
+            InputError: The folder is a file.
+            LedgerError: The ledger is damaged or something else.
+        """
+        if folder.is_file():
+            raise InputError(f"{folder} is a file: name a folder with --out")
         if not (folder / _FILENAME).is_file():
             yield None
             return

@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from normlab.errors import InputError, LedgerError
+from normlab.files import held
 from normlab.study.declaration import FOR_PEOPLE, Study
 from normlab.study.schema import ADDED, APPLICATION_ID, OLDEST, SCHEMA, VERSION
 from normlab.training import Choice, Engine, Event, Measurement, Reading, Replica
@@ -59,31 +58,12 @@ class Ledger:
                 else, or is in use.
             LedgerError: The file there is damaged or is no ledger.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise InputError(f"{folder} is a file: name a folder with --out") from None
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-        lock = FileLock(folder / _LOCK)
-        try:
-            # Who asks whether it is in use has it for an instant.
-            lock.acquire(timeout=0.1, poll_interval=0.01)
-        except Timeout:
-            raise InputError(
-                f"{folder} is in use by another run: wait for it, or name another"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-        try:
-            with cls._open(folder / FILENAME, "rwc") as ledger:
-                ledger._prepare(study, own or {})
-                yield ledger
-                # SQLite does so as the last one closes the file, and a reader may be later. The
-                # file alone is the ledger then, whatever else is left beside it.
-                ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            lock.release()
+        with held(folder, _LOCK), cls._open(folder / FILENAME, "rwc") as ledger:
+            ledger._prepare(study, own or {})
+            yield ledger
+            # SQLite does so as the last one closes the file, and a reader may be later. The file
+            # alone is the ledger then, whatever else is left beside it.
+            ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @classmethod
     @contextmanager
