@@ -346,9 +346,9 @@ def shared(name):
     return model
 
 
-def averaged():
-    model = pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
-    model.register_buffer("average", model[0].weight.detach())
+def held():
+    model = pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model.register_buffer("buffer", model[0].weight)
     return model
 
 
@@ -477,7 +477,7 @@ PARAMETRIZED = nn.utils.parametrizations.weight_norm
     [
         (shared("weight"), "the weight of 0, the layer before it, is shared: 0.weight, 2.weight"),
         (shared("bias"), "the bias of 0, the layer before it, is shared: 0.bias, 2.bias"),
-        (averaged(), "the weight of 0, the layer before it, is shared: average, 0.weight"),
+        (held(), "the weight of 0, the layer before it, is shared: buffer, 0.weight"),
         *[
             (hooked(i, f"register_{each}"), f"{what} has hooks")
             for i, what in ((0, "0, the layer before it,"), (1, "it"))
