@@ -303,6 +303,12 @@ def test_a_layer_that_is_also_called_where_no_memory_is_seen():
     assert "returns something else than one new tensor" in report.left["norm"]
 
 
+def test_a_batch_norm_that_is_called_where_no_memory_is_seen():
+    model = net(lambda self, x: torch.vmap(self.norm)(x), norm=nn.BatchNorm1d(4))
+    _, report = assert_folded(model, randn(2, 3, 4), {}, ["norm"])
+    assert "its output is read by nothing" in report.left["norm"]
+
+
 READERS_AFTER = {
     "its output is read by conv, other, not by one such layer alone": lambda self, x: (
         self.conv(y := self.norm(x)) + self.other(y)
@@ -571,6 +577,9 @@ def test_what_a_subclass_hands_on_to_stays(act):
     assert isinstance(result[1].drop, nn.Identity)
 
 
+ANOTHER = randn(2, 4, 4, 4, seed=1)
+
+
 def normalized(norm, x):
     return nn.BatchNorm2d.forward(norm, x)
 
@@ -580,7 +589,7 @@ def normalized(norm, x):
     [
         (True, lambda self, x: normalized(self, x).relu_()),
         (False, lambda self, x: torch.addcdiv(x, self.running_mean, self.running_var)),
-        (True, lambda self, x: normalized(self, torch.ones_like(x))),
+        (True, lambda self, _: normalized(self, ANOTHER)),
         (True, lambda self, x: F.batch_norm(x, self.running_mean, self.running_var)),
         (True, lambda self, x: (self.drop(x), self.act(normalized(self, x)))[1]),
         (True, lambda self, x: (y := normalized(self, x), self.act(y))[0]),
@@ -623,7 +632,8 @@ def test_a_subclass_that_does_not_always_do_the_same_is_left():
 )
 def test_nothing_is_folded_past_an_activation(norm):
     model = nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.BatchNorm2d(4))
-    assert_folded(model, image(2), {"1": ("0", "before")}, ["2"])
+    _, report = assert_folded(model, image(2), {"1": ("0", "before")}, ["2"])
+    assert report.left["2"].startswith("no convolution or linear layer makes its input")
     _, report = assert_folded(nn.Sequential(norm, nn.Conv2d(4, 4, 1)), image(2), {}, ["0"])
     assert report.left["0"] == (
         "no convolution or linear layer makes its input; it does more than the layer after it could"
@@ -1365,6 +1375,18 @@ def test_of_several_functional_batch_norms_one_whose_input_is_kept_stays_alone()
     (why,) = report.left.values()
     assert "what keeper, the layer before it, returns is kept" in why
     assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def test_a_functional_batch_norm_that_depends_on_the_mode_keeps_others_from_being_folded():
+    def call(self, x):
+        y = self._norm(self.keeper(x)).relu()
+        return F.batch_norm(self.conv(y), self.other_mean, self.other_running_var)
+
+    model = with_other_statistics(call, keeper=Keeper(4, 6, 1), conv=nn.Conv2d(6, 6, 3))
+    _, report = normlab.fold(model, image(2))
+    assert not report.folded
+    (why,) = report.left.values()
+    assert "what keeper, the layer before it, returns is kept" in why
 
 
 def test_a_functional_batch_norm_without_running_statistics_is_not_one_that_stays():

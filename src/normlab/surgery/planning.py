@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -142,7 +142,7 @@ class _Planner:
         for module, weights in self.weights.items():
             layer: Any = self.originals[module]
             was = layer.weight
-            weight, bias = (_like(each, was) for each in weights)
+            weight, bias = (each.to(was.device, was.dtype) for each in weights)
             if layer.bias is not None:
                 grad = layer.bias.requires_grad
             else:
@@ -386,8 +386,3 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
             if where is not None:
                 holders.setdefault(where.memory, []).append(f"{name}.{key}" if name else key)
     return holders
-
-
-def _like(values: Tensor, weight: Tensor) -> Tensor:
-    made = values.to(weight.device, weight.dtype)
-    return torch.empty_like(weight).copy_(made) if made.shape == weight.shape else made
