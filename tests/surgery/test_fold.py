@@ -1298,19 +1298,40 @@ def tokens(self, x):
 
 
 def transposed(self, x):
-    return self._norm(F.conv_transpose1d(x, self.v, None, 2, groups=2))
+    return self._norm(F.conv_transpose1d(x, self.v, None, 2, 1, 1, 2, 1))
+
+
+def volume(self, x):
+    return self._norm(F.conv3d(x, self.v, None, 1, 1, 2, 2))
+
+
+def by_name(self, x):
+    return self._norm(F.conv2d(input=x, weight=self.v, groups=2, padding=1))
 
 
 @pytest.mark.parametrize(
     ("call", "shape", "x"),
-    [(tokens, (6, 4), randn(5, 4)), (transposed, (4, 3, 3), image(1))],
-    ids=["linear", "transposed"],
+    [
+        (tokens, (6, 4), randn(5, 4)),
+        (transposed, (4, 3, 3), image(1)),
+        (volume, (6, 2, 3, 2, 2), image(3)),
+        (by_name, (6, 2, 3, 3), image(2)),
+    ],
+    ids=["linear", "transposed", "volume", "by name"],
 )
 def test_functional_layers_of_other_kinds(call, shape, x):
     model = Functional(call)
     model.v = nn.Parameter(torch.empty(shape))
     result, _ = assert_folded(model, x, {"batch_norm0": ("layer0", "before")})
     assert result.layer0.weight.shape == shape
+    assert ("(4, 6" in repr(result.layer0)) or "in_features=4, out_features=6" in repr(
+        result.layer0
+    )
+
+
+def test_modules_get_names_that_are_free():
+    model = Functional(whole, layer0=nn.Identity(), batch_norm0=nn.Identity())
+    assert_folded(model, image(2), {"batch_norm0_": ("layer0_", "before")})
 
 
 FUNCTIONAL = {
@@ -1336,10 +1357,79 @@ class Keeper(nn.Conv2d):
 @pytest.mark.parametrize("why", FUNCTIONAL)
 def test_functional_calls_that_stay_are_named(why):
     model = Functional(FUNCTIONAL[why], conv=nn.Conv2d(4, 6, 3), keeper=Keeper(4, 6, 3))
-    _, report = normlab.fold(prepared(model), image(2))
+    assert_functional_left(model, why)
+
+
+def assert_functional_left(model, why):
+    result, report = normlab.fold(prepared(model), image(2))
+    assert type(result) is type(model)
     assert not report.folded
     assert list(report.left) == ["F.batch_norm in the model"]
     assert why in report.left["F.batch_norm in the model"]
+
+
+def normalized_with(self, x, *tensors):
+    return F.batch_norm(self.conv(x), self.mean, self.running_var, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("why", "call"),
+    [
+        (
+            "the forward of Functional depends on the mode",
+            lambda self, x: self.conv(x) if self.training else self._norm(self.conv(x)),
+        ),
+        (
+            "it normalizes by the batch in evaluation too",
+            lambda self, x: normalized_with(self, x, self.gamma, self.beta, True),
+        ),
+        ("its weight is no parameter", lambda self, x: normalized_with(self, x, self.other_mean)),
+        (
+            "its tensors are computed, or belong to another module",
+            lambda self, x: normalized_with(self, x, 2 * self.gamma),
+        ),
+        (
+            "its tensors are computed, or belong to another module",
+            lambda self, x: normalized_with(self, x, self.conv.bias),
+        ),
+        (
+            "the weight or bias of the layer before it is no parameter",
+            lambda self, x: self._norm(F.conv2d(x, self.w, self.other_mean, groups=2)),
+        ),
+        (
+            "the weight or bias of the layer before it is no parameter",
+            lambda self, x: self._norm(F.conv2d(x, self.kernel, self.b, groups=2)),
+        ),
+        (
+            "no convolution or linear layer makes its input",
+            lambda self, x: self._norm(self.identity(self.conv(x))),
+        ),
+        (
+            "its input is also read elsewhere",
+            lambda self, x: F.batch_norm(
+                self.pointwise(self._norm(y := self.conv(x)) + y),
+                self.other_mean,
+                self.other_running_var,
+            ),
+        ),
+        (
+            "its input is also read elsewhere",
+            lambda self, x: F.batch_norm(
+                self._norm(y := self.conv(x)) + y, self.other_mean, self.other_running_var
+            ),
+        ),
+    ],
+)
+def test_functional_calls_that_cannot_be_modules_are_named(why, call):
+    modules = {"conv": nn.Conv2d(4, 6, 3), "identity": nn.Identity()}
+    model = with_other_statistics(call, **modules, pointwise=nn.Conv2d(6, 6, 1))
+    model.register_buffer("kernel", torch.empty(6, 2, 3, 3))
+    assert_functional_left(model, why)
+
+
+def test_a_functional_batch_norm_whose_weight_a_public_method_reads_stays():
+    public = type("Public", (Functional,), {"scale": property(lambda self: self.gamma)})
+    assert_functional_left(public(whole), "gamma is also read elsewhere")
 
 
 def test_of_several_functional_batch_norms_those_that_can_are_folded():
