@@ -251,12 +251,27 @@ def test_modules_called_twice_are_folded_where_each_call_is_paired():
     assert_folded(model, (image(2), image(2) + 1), {"norm": ("conv", "before")})
 
 
+def test_modules_called_by_keyword():
+    model = net(
+        lambda self, x: self.norm(input=self.conv(input=x)),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
+
+
 def test_one_module_under_two_names():
     conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     model = nn.Sequential(conv, norm, nn.ReLU(), conv, norm)
     result, report = assert_folded(model, image(2), {"1": ("0", "before")})
     assert result[1] is result[4]
     assert "4.weight" in report.removed
+
+
+def typed_storage(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated, and used.
+        return x.storage()
 
 
 READERS = {
@@ -266,6 +281,15 @@ READERS = {
     "is kept, or returned by the model": lambda self, x: (self.norm(y := self.conv(x)), y[:1]),
     "is also read by numpy": lambda self, x: self.norm(y := self.conv(x)) + y.numpy().max(),
     "is also read by tolist": lambda self, x: self.norm(y := self.conv(x)) + y[0, 0, 0].tolist()[0],
+    "is also read by __array__": lambda self, x: self.norm(y := self.conv(x)) + np.asarray(y).max(),
+    "is also read by __dlpack__": lambda self, x: (
+        self.norm(y := self.conv(x)) + np.from_dlpack(y).max()
+    ),
+    "is also read by data_ptr": lambda self, x: self.norm(y := self.conv(x)) + (y.data_ptr() > 0),
+    "is also read by storage": lambda self, x: self.norm(y := self.conv(x)) + typed_storage(y)[0],
+    "is also read by untyped_storage": lambda self, x: (
+        self.norm(y := self.conv(x)) + len(y.untyped_storage())
+    ),
     "is also read by other": lambda self, x: self.norm(y := self.conv(x)) + self.other(y),
     "is not always passed on once": lambda self, x: self.norm(self.conv(x)) + len(self.conv(x + 1)),
     "no convolution or linear layer makes its input": lambda self, x: self.norm(self.conv(x) + 1),
@@ -335,6 +359,53 @@ def test_what_else_is_read_is_seen_of_a_batch_norm_too(why):
     )
     _, report = normlab.fold(prepared(model), randn(2, 4, 4, 4))
     assert report.left == {"norm": f"no convolution or linear layer makes its input; {why}"}
+
+
+class Borrowing(nn.Conv2d):
+    """Reads a weight of another layer's."""
+
+    def forward(self, x):
+        return super().forward(x) * self.lenders[0].weight.sum()
+
+
+def test_a_layer_that_reads_what_is_anothers_is_seen():
+    model = net(
+        lambda self, x: self.norm(self.conv(x)) + self.borrowing(x),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+        borrowing=Borrowing(4, 4, 3),
+    )
+    model.borrowing.lenders = [model.conv]
+    _, report = assert_folded(model, image(2), {}, ["norm"])
+    why = "the tensors of conv, the layer before it, are also read elsewhere, by sum"
+    assert why in report.left["norm"]
+
+
+class Through(nn.Linear):
+    def forward(self, x):
+        return x
+
+
+def test_who_read_a_value_before_a_layer_returned_it_again_is_not_forgotten():
+    def forward(self, x):
+        y = self.conv(x)
+        normed = self.norm(y) + 2 * y
+        self.through(y)
+        return normed
+
+    layers = {"conv": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "through": Through(1, 1)}
+    _, report = assert_folded(net(forward, **layers), image(2), {}, ["norm"])
+    assert "is also read by mul" in report.left["norm"]
+
+
+def test_a_value_in_a_circle_of_garbage_is_kept_by_nobody():
+    def forward(self, x):
+        circle = [self.conv(x)]
+        circle.append(circle)
+        return self.norm(circle[0])
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
 
 
 def test_a_value_that_is_stored_on_the_way():
@@ -487,7 +558,10 @@ PARAMETRIZED = nn.utils.parametrizations.weight_norm
         *[
             (hooked(i, f"register_{each}"), f"{what} has hooks")
             for i, what in ((0, "0, the layer before it,"), (1, "it"))
-            for each in ("forward_hook", "forward_pre_hook", "full_backward_hook")
+            for each in (
+                *("forward_hook", "forward_pre_hook"),
+                *("full_backward_hook", "full_backward_pre_hook"),
+            )
         ],
         (changed(0, PARAMETRIZED), "the weight of 0, the layer before it, is computed"),
         (changed(1, lambda m: PARAMETRIZED(m, dim=None)), "the weight of it is computed"),
@@ -1302,7 +1376,7 @@ def transposed(self, x):
 
 
 def volume(self, x):
-    return self._norm(F.conv3d(x, self.v, None, 1, 1, 2, 2))
+    return self._norm(F.conv3d(x, self.v, None, 1, 1, 1, 2))
 
 
 def by_name(self, x):
@@ -1425,6 +1499,29 @@ def test_functional_calls_that_cannot_be_modules_are_named(why, call):
     model = with_other_statistics(call, **modules, pointwise=nn.Conv2d(6, 6, 1))
     model.register_buffer("kernel", torch.empty(6, 2, 3, 3))
     assert_functional_left(model, why)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda self, x: torch.batch_norm(
+            x, None, None, self.mean, self.running_var, False, 0.1, 1e-5, False
+        ),
+        lambda self, x: torch.batch_norm(
+            *(x, None, None),
+            running_mean=self.mean,
+            running_var=self.running_var,
+            training=False,
+            momentum=0.1,
+            eps=1e-5,
+            cudnn_enabled=False,
+        ),
+    ],
+    ids=["by position", "by name"],
+)
+def test_what_torch_calls_a_batch_norm_is_named(call):
+    model = Functional(lambda self, x: call(self, self.conv(x)), conv=nn.Conv2d(4, 6, 3))
+    assert_functional_left(model, "it is not a module")
 
 
 def test_a_functional_batch_norm_whose_weight_a_public_method_reads_stays():
