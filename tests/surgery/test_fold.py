@@ -61,6 +61,7 @@ def assert_folded(model, x, folded, left=(), prepare=True, **options):
     assert state(model) == before
     assert {name: tuple(into) for name, into in report.folded.items()} == folded
     assert sorted(report.left) == sorted(left)
+    assert not any(each.training for each in result.modules())
     there = {name for name, each in result.named_modules() if isinstance(each, NORMS)}
     assert there == set(left)
     example = x if isinstance(x, tuple) else (x,)
@@ -148,10 +149,13 @@ def test_a_layer_takes_in_the_batch_norm_before_it(layer):
     [
         (nn.Conv2d(4, 6, 3, padding=1), "pads with zeros"),
         (nn.Conv2d(4, 6, 3, padding="same"), "pads with zeros"),
+        (nn.Conv2d(4, 6, (1, 3), padding="same"), "pads with zeros"),
         (nn.Conv2d(4, 6, 1, padding=(0, 1)), "pads with zeros"),
         (nn.ConvTranspose2d(4, 6, 2), "is transposed"),
-        (nn.ConvTranspose2d(4, 6, 1, stride=2), "is transposed"),
+        (nn.ConvTranspose2d(4, 6, (1, 2)), "is transposed"),
+        (nn.ConvTranspose2d(4, 6, 1, stride=(1, 2)), "is transposed"),
         (nn.ConvTranspose2d(4, 6, 1, padding=1), "is transposed"),
+        (nn.ConvTranspose2d(4, 6, 1, dilation=2, output_padding=1), "is transposed"),
     ],
     ids=str,
 )
@@ -161,6 +165,9 @@ def test_what_a_layer_cannot_take_in_before_it_unless_nothing_is_shifted(layer, 
     assert f"1, the layer after it, {why}" in report.left["0"]
     with torch.no_grad():
         model[0].running_mean.zero_()
+        model[0].bias[1:] = 0
+    assert_folded(model, image(2), {}, ["0"], prepare=False)
+    with torch.no_grad():
         model[0].bias.zero_()
     assert_folded(model, image(2), {"0": ("1", "after")}, prepare=False)
 
@@ -187,6 +194,23 @@ class Flat(nn.Module):
 
 def test_a_linear_layer_over_tokens():
     assert_folded(Flat(), randn(2, 3, 4), {"norm": ("linear", "before")})
+
+
+@pytest.mark.parametrize(
+    ("layer", "view", "channels"),
+    [
+        (nn.Linear(4, 6), lambda y: y.flatten(0, 1)[:, :3], 3),
+        (nn.Linear(4, 6), lambda y: y.flatten(0, 1).t(), 6),
+        (nn.Conv1d(3, 6, 1), lambda y: y.flatten(0, 1), 4),
+    ],
+    ids=["some channels", "transposed", "convolution"],
+)
+def test_channels_that_a_view_made_others(layer, view, channels):
+    model = net(
+        lambda self, x: self.norm(view(self.layer(x))), layer=layer, norm=nn.BatchNorm1d(channels)
+    )
+    _, report = assert_folded(model, randn(2, 3, 4), {}, ["norm"])
+    assert "the channels of layer, the layer before it, are not its own" in report.left["norm"]
 
 
 def test_several_batch_norms_in_a_row():
@@ -227,12 +251,27 @@ def test_modules_called_twice_are_folded_where_each_call_is_paired():
     assert_folded(model, (image(2), image(2) + 1), {"norm": ("conv", "before")})
 
 
+def test_modules_called_by_keyword():
+    model = net(
+        lambda self, x: self.norm(input=self.conv(input=x)),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
+
+
 def test_one_module_under_two_names():
     conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     model = nn.Sequential(conv, norm, nn.ReLU(), conv, norm)
     result, report = assert_folded(model, image(2), {"1": ("0", "before")})
     assert result[1] is result[4]
     assert "4.weight" in report.removed
+
+
+def typed_storage(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated, and used.
+        return x.storage()
 
 
 READERS = {
@@ -242,6 +281,15 @@ READERS = {
     "is kept, or returned by the model": lambda self, x: (self.norm(y := self.conv(x)), y[:1]),
     "is also read by numpy": lambda self, x: self.norm(y := self.conv(x)) + y.numpy().max(),
     "is also read by tolist": lambda self, x: self.norm(y := self.conv(x)) + y[0, 0, 0].tolist()[0],
+    "is also read by __array__": lambda self, x: self.norm(y := self.conv(x)) + np.asarray(y).max(),
+    "is also read by __dlpack__": lambda self, x: (
+        self.norm(y := self.conv(x)) + np.from_dlpack(y).max()
+    ),
+    "is also read by data_ptr": lambda self, x: self.norm(y := self.conv(x)) + (y.data_ptr() > 0),
+    "is also read by storage": lambda self, x: self.norm(y := self.conv(x)) + typed_storage(y)[0],
+    "is also read by untyped_storage": lambda self, x: (
+        self.norm(y := self.conv(x)) + len(y.untyped_storage())
+    ),
     "is also read by other": lambda self, x: self.norm(y := self.conv(x)) + self.other(y),
     "is not always passed on once": lambda self, x: self.norm(self.conv(x)) + len(self.conv(x + 1)),
     "no convolution or linear layer makes its input": lambda self, x: self.norm(self.conv(x) + 1),
@@ -270,6 +318,96 @@ def test_what_else_is_read_is_seen(why):
     assert why in report.left["norm"]
 
 
+def test_a_layer_that_is_also_called_where_no_memory_is_seen():
+    def forward(self, x):
+        return self.norm(self.linear(x)) + torch.vmap(self.linear)(x)
+
+    model = net(forward, linear=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))
+    _, report = assert_folded(model, randn(5, 4), {}, ["norm"])
+    assert "returns something else than one new tensor" in report.left["norm"]
+
+
+def test_a_batch_norm_that_is_called_where_no_memory_is_seen():
+    model = net(lambda self, x: torch.vmap(self.norm)(x), norm=nn.BatchNorm1d(4))
+    _, report = assert_folded(model, randn(2, 3, 4), {}, ["norm"])
+    assert "its output is read by nothing" in report.left["norm"]
+
+
+READERS_AFTER = {
+    "its output is read by conv, other, not by one such layer alone": lambda self, x: (
+        self.conv(y := self.norm(x)) + self.other(y)
+    ),
+    "what it returns is kept, or returned by the model": lambda self, x: (
+        self.conv(y := self.norm(x)),
+        y,
+    ),
+    "conv is called on more than that": lambda self, x: self.conv(self.norm(x)) + self.conv(x),
+    "the channels of conv, the layer after it, are not its own": lambda self, x: self.conv(
+        self.norm(x).transpose(1, 2)
+    ),
+    "its output is read by nothing, not by one such layer alone": lambda self, x: self.norm(x),
+}
+
+
+@pytest.mark.parametrize("why", READERS_AFTER)
+def test_what_else_is_read_is_seen_of_a_batch_norm_too(why):
+    model = net(
+        READERS_AFTER[why],
+        norm=nn.BatchNorm2d(4),
+        conv=nn.Conv2d(4, 4, 3),
+        other=nn.Conv2d(4, 4, 3),
+    )
+    _, report = normlab.fold(prepared(model), randn(2, 4, 4, 4))
+    assert report.left == {"norm": f"no convolution or linear layer makes its input; {why}"}
+
+
+class Borrowing(nn.Conv2d):
+    """Reads a weight of another layer's."""
+
+    def forward(self, x):
+        return super().forward(x) * self.lenders[0].weight.sum()
+
+
+def test_a_layer_that_reads_what_is_anothers_is_seen():
+    model = net(
+        lambda self, x: self.norm(self.conv(x)) + self.borrowing(x),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+        borrowing=Borrowing(4, 4, 3),
+    )
+    model.borrowing.lenders = [model.conv]
+    _, report = assert_folded(model, image(2), {}, ["norm"])
+    why = "the tensors of conv, the layer before it, are also read elsewhere, by sum"
+    assert why in report.left["norm"]
+
+
+class Through(nn.Linear):
+    def forward(self, x):
+        return x
+
+
+def test_who_read_a_value_before_a_layer_returned_it_again_is_not_forgotten():
+    def forward(self, x):
+        y = self.conv(x)
+        normed = self.norm(y) + 2 * y
+        self.through(y)
+        return normed
+
+    layers = {"conv": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "through": Through(1, 1)}
+    _, report = assert_folded(net(forward, **layers), image(2), {}, ["norm"])
+    assert "is also read by mul" in report.left["norm"]
+
+
+def test_a_value_in_a_circle_of_garbage_is_kept_by_nobody():
+    def forward(self, x):
+        circle = [self.conv(x)]
+        circle.append(circle)
+        return self.norm(circle[0])
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
+
+
 def test_a_value_that_is_stored_on_the_way():
     def forward(self, x):
         self.seen = self.conv(x)
@@ -282,6 +420,12 @@ def test_a_value_that_is_stored_on_the_way():
 def shared(name):
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
     setattr(model[2], name, getattr(model[0], name))
+    return model
+
+
+def held():
+    model = pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model.register_buffer("buffer", model[0].weight)
     return model
 
 
@@ -318,6 +462,75 @@ class DoubledNorm(nn.BatchNorm2d):
         return 2 * super().forward(x)
 
 
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).div_(2)
+
+
+class Activating(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Observing(nn.Conv2d):
+    def forward(self, x):
+        y = super().forward(x)
+        self.mean = y.mean()
+        return y
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).add_(self.bias.sum())
+
+
+class Weighted(nn.Conv2d):
+    def forward(self, x):
+        return torch.addcmul(x, self.weight, self.bias)
+
+
+class Idle(nn.Conv2d):
+    def forward(self, x):
+        return 2 * x
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Normalizing(nn.Conv2d):
+    def __init__(self):
+        super().__init__(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return 2 * super().forward(self.norm(x))
+
+
+class PaddedInside(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias)
+
+
+class PaddedBefore(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Delegating(nn.Conv2d):
+    def forward(self, x):
+        return convolved(self, x)
+
+
+def convolved(conv, x):
+    return F.conv2d(x, conv.weight, conv.bias)
+
+
 class Padded(nn.Conv2d):
     """Pads by itself, as TensorFlow's "same" does."""
 
@@ -329,6 +542,10 @@ def pair(conv, norm):
     return nn.Sequential(conv, norm).eval()
 
 
+def bounded(module):
+    nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh())
+
+
 PARAMETRIZED = nn.utils.parametrizations.weight_norm
 
 
@@ -337,24 +554,44 @@ PARAMETRIZED = nn.utils.parametrizations.weight_norm
     [
         (shared("weight"), "the weight of 0, the layer before it, is shared: 0.weight, 2.weight"),
         (shared("bias"), "the bias of 0, the layer before it, is shared: 0.bias, 2.bias"),
+        (held(), "the weight of 0, the layer before it, is shared: buffer, 0.weight"),
         *[
             (hooked(i, f"register_{each}"), f"{what} has hooks")
             for i, what in ((0, "0, the layer before it,"), (1, "it"))
-            for each in ("forward_hook", "forward_pre_hook", "full_backward_hook")
+            for each in (
+                *("forward_hook", "forward_pre_hook"),
+                *("full_backward_hook", "full_backward_pre_hook"),
+            )
         ],
         (changed(0, PARAMETRIZED), "the weight of 0, the layer before it, is computed"),
         (changed(1, lambda m: PARAMETRIZED(m, dim=None)), "the weight of it is computed"),
+        (changed(1, bounded), "the bias of it is computed"),
         (changed(1, lambda m: setattr(m, "forward", m.forward)), "the forward of it was set"),
         (changed(0, lambda m: setattr(m, "forward", m.forward)), "the forward of 0, the layer"),
         (changed(1, lambda m: m.train()), "it is in training mode by choice"),
         (pair(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), "it has no runn"),
         (pair(nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()), "it is not initialized"),
+        (pair(nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d(affine=False)), "it is not initialized"),
         (pair(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)), "0, the layer before it, is not init"),
         (pair(Standardized(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: mean, sub"),
         (pair(Doubled(4, 4, 1), nn.BatchNorm2d(4)), "with its own weight alone: convolution"),
         (pair(nn.Conv2d(4, 4, 1), DoubledNorm(4)), "the forward of its class DoubledNorm does"),
+        (pair(Shifted(4, 4, 1), nn.BatchNorm2d(4)), "its own weight alone: convolution, sum read"),
+        (pair(Weighted(4, 1, 1), nn.BatchNorm2d(4)), "its own weight alone: addcmul read"),
+        (pair(Idle(4, 4, 1), nn.BatchNorm2d(4)), "its own weight alone: nothing read"),
+        (pair(Biasless(4, 4, 1), nn.BatchNorm2d(4)), "its own weight alone: convolution read"),
         (pair(Biasless(4, 4, 1, bias=False), nn.BatchNorm2d(4)), "its own, which reads no bias"),
+        (pair(Delegating(4, 4, 1, bias=False), nn.BatchNorm2d(4)), "its own, which reads no bias"),
+        (pair(Halved(4, 4, 1), nn.BatchNorm2d(4)), "more than convolve: div_ reads what it makes"),
+        (pair(Activating(4, 4, 1), nn.BatchNorm2d(4)), "more than convolve: act reads what it mak"),
+        (pair(Observing(4, 4, 1), nn.BatchNorm2d(4)), "more than convolve: mean reads what it mak"),
+        (pair(DoubledLinear(6, 7), nn.BatchNorm2d(4)), "before it, has a forward of its own"),
+        (Normalizing().eval(), "the model, the layer after it, is no convolution with its own"),
         (pair(nn.BatchNorm2d(4), Padded(4, 4, 2)), "1, the layer after it, has a forward of its"),
+        (
+            pair(nn.BatchNorm2d(4), PaddedInside(4, 4, 2)),
+            "the layer after it, has a forward of its",
+        ),
         (nn.BatchNorm2d(4).eval(), "no convolution or linear layer makes its input"),
     ],
     ids=str,
@@ -373,8 +610,11 @@ def test_hooks_that_read_what_passes_are_seen():
     assert "is also read by hooks of 0" in normlab.fold(model, image(2))[1].left["1"]
 
 
-def test_a_convolution_of_its_own_that_is_one_with_its_weight():
-    model = nn.Sequential(Padded(4, 6, 2, bias=False), nn.BatchNorm2d(6))
+@pytest.mark.parametrize(
+    "conv", [Padded(4, 6, 2, bias=False), PaddedBefore(4, 6, 2, bias=False), Delegating(4, 6, 2)]
+)
+def test_a_convolution_of_its_own_that_is_one_with_its_weight(conv):
+    model = nn.Sequential(conv, nn.BatchNorm2d(6))
     assert_folded(model, image(2), {"1": ("0", "before")})
 
 
@@ -384,6 +624,9 @@ def test_channels_that_are_not_the_second_dimension():
     assert "the channels of 0, the layer before it, are not its own" in report.left["1"]
     unbatched = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm1d(5))
     assert_folded(unbatched, randn(4, 7, 6), {}, ["1"])
+    after = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    _, report = assert_folded(after, randn(2, 4, 4), {}, ["0"])
+    assert "the channels of 1, the layer after it, are not its own" in report.left["0"]
 
 
 class NormAct(nn.BatchNorm2d):
@@ -408,9 +651,81 @@ def test_what_a_subclass_hands_on_to_stays(act):
     assert isinstance(result[1].drop, nn.Identity)
 
 
+ANOTHER = randn(2, 4, 4, 4, seed=1)
+
+
+def normalized(norm, x):
+    return nn.BatchNorm2d.forward(norm, x)
+
+
+@pytest.mark.parametrize(
+    ("affine", "forward"),
+    [
+        (True, lambda self, x: normalized(self, x).relu_()),
+        (False, lambda self, x: torch.addcdiv(x, self.running_mean, self.running_var)),
+        (True, lambda self, _: normalized(self, ANOTHER)),
+        (True, lambda self, x: F.batch_norm(x, self.running_mean, self.running_var)),
+        (True, lambda self, x: (self.drop(x), self.act(normalized(self, x)))[1]),
+        (True, lambda self, x: (y := normalized(self, x), self.act(y))[0]),
+    ],
+    ids=["in place", "another step", "another value", "bare", "a part beside", "a part unused"],
+)
+def test_a_subclass_that_does_anything_else_is_left(affine, forward):
+    norm = type("Own", (NormAct,), {"forward": forward})(4, nn.ReLU())
+    if not affine:
+        norm.weight = norm.bias = None
+    _, report = assert_folded(nn.Sequential(nn.Conv2d(4, 4, 1), norm), randn(2, 4, 4, 4), {}, ["1"])
+    assert report.left["1"] == (
+        "the forward of its class Own does more than normalize and hand on to its parts"
+    )
+
+
+def test_a_subclass_that_gets_more_is_left():
+    own = type("Own", (NormAct,), {"forward": lambda self, x, _: NormAct.forward(self, x)})
+    model = net(residual_by_position, conv=nn.Conv2d(4, 4, 1), norm=own(4, nn.ReLU()))
+    assert_folded(model, image(2), {}, ["norm"])
+
+
+def test_a_subclass_that_does_not_always_do_the_same_is_left():
+    class Wide(NormAct):
+        def forward(self, x):
+            return self.act(normalized(self, x)) if x.shape[-1] > 4 else normalized(self, x)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).sum() + self.norm(self.conv(x[..., :3]))
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 1), norm=Wide(4, nn.ReLU()))
+    _, report = assert_folded(model, image(2), {}, ["norm"])
+    assert report.left["norm"] == "the forward of its class Wide varies"
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [NormAct(4, nn.ReLU()), normlab.BatchNorm2d(4, activation="relu")],
+    ids=["part", "activation"],
+)
+def test_nothing_is_folded_past_an_activation(norm):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.BatchNorm2d(4))
+    _, report = assert_folded(model, image(2), {"1": ("0", "before")}, ["2"])
+    assert report.left["2"].startswith("no convolution or linear layer makes its input")
+    _, report = assert_folded(nn.Sequential(norm, nn.Conv2d(4, 4, 1)), image(2), {}, ["0"])
+    assert report.left["0"] == (
+        "no convolution or linear layer makes its input; it does more than the layer after it could"
+    )
+
+
+def test_past_a_subclass_whose_parts_do_nothing_batch_norms_are_folded():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), NormAct(4, nn.Identity()), nn.BatchNorm2d(4))
+    assert_folded(model, image(2), {"1": ("0", "before"), "2": ("0", "before")})
+
+
 @pytest.mark.parametrize("norm", [nn.SyncBatchNorm, normlab.SyncBatchNorm, normlab.BatchNorm2d])
 def test_kinds_of_batch_norms(norm):
-    assert_folded(nn.Sequential(nn.Conv2d(4, 4, 3), norm(4)), image(2), {"1": ("0", "before")})
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4), norm(4))
+    folded = {"1": ("0", "before"), "2": ("0", "before")}
+    result, _ = assert_folded(model, image(2), folded)
+    assert type(result[1]) is nn.Identity
+    assert_folded(nn.Sequential(norm(4), nn.Conv2d(4, 4, 3)), image(2), {"0": ("1", "after")})
 
 
 @pytest.mark.parametrize(
@@ -435,13 +750,47 @@ def residual(self, x):
     return self.norm(self.conv(x), residual=x)
 
 
+def residual_by_position(self, x):
+    return self.norm(self.conv(x), x)
+
+
+@pytest.mark.parametrize("forward", [residual, residual_by_position])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_residuals_of_normlabs_layers_stay(activation):
+def test_residuals_of_normlabs_layers_stay(activation, forward):
     norm = normlab.BatchNorm2d(4, activation=activation)
-    model = net(residual, conv=nn.Conv2d(4, 4, 1), norm=norm)
+    model = net(forward, conv=nn.Conv2d(4, 4, 1), norm=norm)
     result, _ = assert_folded(model, image(2), {"norm": ("conv", "before")})
     assert type(result.norm) is Activated
     assert [each.training for each in result.modules()] == [False] * 4
+
+
+def test_residuals_in_some_calls_only():
+    def forward(self, x):
+        return self.norm(self.conv(x), x) + self.norm(self.conv(2 * x))
+
+    model = net(forward, conv=nn.Conv2d(4, 4, 1), norm=normlab.BatchNorm2d(4))
+    assert_folded(model, image(2), {"norm": ("conv", "before")})
+
+
+def test_nothing_is_folded_past_a_residual():
+    model = net(
+        lambda self, x: self.last(residual(self, x)),
+        conv=nn.Conv2d(4, 4, 1),
+        norm=normlab.BatchNorm2d(4),
+        last=nn.BatchNorm2d(4),
+    )
+    assert_folded(model, image(2), {"norm": ("conv", "before")}, ["last"])
+
+
+def test_the_order_is_that_of_the_calls():
+    def forward(self, x):
+        return sum(self.second(self.first(self.conv(each))) for each in (x, 2 * x))
+
+    norms = {"second": nn.BatchNorm2d(4), "first": nn.BatchNorm2d(4)}
+    model = net(forward, **norms, conv=nn.Conv2d(4, 4, 3))
+    folded = {"first": ("conv", "before"), "second": ("conv", "before")}
+    _, report = assert_folded(model, image(2), folded)
+    assert list(report.folded) == ["first", "second"]
 
 
 def test_a_residual_that_is_the_input_too():
@@ -568,14 +917,15 @@ def test_torchs_folding_takes_tokens_for_channels():
 
 
 def test_modes_randomness_and_what_is_frozen():
-    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Dropout()))
+    layers = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Dropout(), nn.Dropout()
+    model = prepared(nn.Sequential(*layers))
     model[0].weight.requires_grad_(False)
     model.train()
     model[2].eval()
     model[1].register_buffer("mine", torch.ones(1))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
     result, report = normlab.fold(model, image(2))
-    assert [each.training for each in result.modules()] == [True, True, True, False]
+    assert [each.training for each in result.modules()] == [True, True, True, False, True]
     assert report.training
     assert "training mode" in str(report)
     assert not result[0].weight.requires_grad
@@ -585,10 +935,12 @@ def test_modes_randomness_and_what_is_frozen():
     assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_a_bias_is_as_frozen_as_the_weight_where_the_batch_norm_has_none():
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_bias_is_as_frozen_as_the_weight_where_the_batch_norm_has_none(trained):
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, affine=False))
-    model[0].weight.requires_grad_(False)
-    assert not assert_folded(model, randn(5, 4), {"1": ("0", "before")})[0][0].bias.requires_grad
+    model[0].weight.requires_grad_(trained)
+    result, _ = assert_folded(model, randn(5, 4), {"1": ("0", "before")})
+    assert result[0].bias.requires_grad is trained
 
 
 def test_a_bias_stays_as_frozen_as_it_was():
@@ -610,21 +962,23 @@ def test_modes_in_evaluation_are_those_that_the_model_has():
 
 def test_a_model_that_draws_at_random_or_counts_is_compared_with_itself():
     def forward(self, x):
-        self.calls += 1
+        self.calls += 1  # Without gradients a parameter may be changed in place.
         return F.dropout(self.norm(self.conv(x))) * (1 + torch.rand(1)) * self.calls
 
     model = net(forward, conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
-    model.register_buffer("calls", torch.zeros(()))
+    model.calls = nn.Parameter(torch.zeros(()))
     result, report = normlab.fold(prepared(model), image(2))
     assert report.certificate.relative_largest < 1e-12
     assert result.calls == model.calls
 
 
 def test_in_place():
-    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)))
     expected = model(image(2))
     norm = model[1]
-    result, _ = normlab.fold(model, image(2), inplace=True)
+    removed = tuple(key for key in model.state_dict() if key.startswith("1."))
+    result, report = normlab.fold(model, image(2), inplace=True)
+    assert (report.removed, report.added) == (removed, ("0.bias",))
     assert result is model
     assert model[1] is norm
     assert type(norm) is nn.Identity
@@ -650,6 +1004,11 @@ def test_layouts_and_dtypes():
     assert report.certificate.tolerance == 2e-2
 
 
+def test_the_tolerance_is_that_of_parameters_whose_output_is_more_precise():
+    model = net(lambda self, x: self.m(x).double(), m=pair(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    assert normlab.fold(model.eval(), torch.ones(2, 4))[1].certificate.tolerance == 1e-4
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)],
@@ -659,6 +1018,24 @@ def test_the_tolerance_is_that_of_the_least_precise(dtype, tolerance):
     y = torch.ones(2, dtype=torch.float64)
     assert compare([y], [y], None, model).tolerance == tolerance
     assert compare([y.to(dtype)], [y], None, model.double()).tolerance == tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.cdouble, 1e-9), (torch.cfloat, 1e-4)])
+def test_the_tolerance_of_complex_numbers_is_that_of_their_parts(dtype, tolerance):
+    y = torch.ones(2, dtype=dtype)
+    assert compare([y], [y], None, nn.Identity()).tolerance == tolerance
+
+
+def test_errors_are_absolute_and_relative_to_the_largest_absolute_value():
+    found = compare([torch.tensor([-4.0, 1.0])], [torch.tensor([-5.0, 1.0])], None, nn.Identity())
+    assert (found.largest, found.mean, found.scale) == (1, 0.5, 4)
+    assert (found.relative_largest, found.relative_mean) == (0.25, 0.125)
+
+
+@pytest.mark.parametrize(("other", "relative"), [(0.0, 0.0), (1e-30, math.inf)])
+def test_an_error_relative_to_zero(other, relative):
+    found = compare([torch.zeros(1)], [torch.full((1,), other)], None, nn.Identity())
+    assert found.relative_largest == relative
 
 
 def test_what_is_not_finite_where_the_original_is_is_an_infinite_error():
@@ -719,15 +1096,28 @@ def test_certificate_over_nested_outputs():
     assert len(more) == len(again)
 
 
+def test_an_output_that_is_written_where_the_last_one_was():
+    out = torch.empty(2, 4, 5, 4)
+    model = net(
+        lambda self, x: out.copy_(self.norm(self.conv(x))),
+        conv=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
+    _, report = normlab.fold(prepared(model, torch.float32), image(2).float())
+    assert report.certificate.largest > 0
+
+
 # What is refused.
 
 
 def extreme():
-    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.float32)
+    layers = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    model = prepared(nn.Sequential(*layers), torch.float32)
     with torch.no_grad():
         model[0].bias.fill_(1000)
         model[1].running_mean.fill_(1000)
-        model[1].running_var.fill_(1e-12)
+        model[1].running_var.copy_(torch.tensor([1e-12, 1, 2, 3]))
+        model[1].weight.copy_(torch.tensor([-3, 1, 1, 1]))
     return model
 
 
@@ -735,9 +1125,28 @@ def extreme():
 def test_above_the_tolerance_nothing_is_changed(inplace):
     model = extreme()
     before = state(model)
-    with pytest.raises(InputError, match=r"by more than is allowed .*factor, .* is of 1 \(least"):
+    # 3 / sqrt(1e-12 + 1e-5) = 949.
+    worst = r"the largest factor, 9.5e\+02, is of 1 \(least running_var 1e-12\)"
+    with pytest.raises(InputError, match=f"by more than is allowed .*{worst}"):
         normlab.fold(model, image(2).float(), tolerance=1e-9, inplace=inplace)
     assert state(model) == before
+
+
+def test_the_tolerance_is_for_the_largest_relative_error_and_may_be_met_just_so():
+    model = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.float32)
+    x = 1000 * image(2).float()
+    _, report = normlab.fold(model, x)
+    largest = report.certificate.relative_largest
+    assert 0 < largest < report.certificate.tolerance
+    assert normlab.fold(model, x, tolerance=largest)[1].folded
+    with pytest.raises(InputError, match="by more than is allowed"):
+        normlab.fold(model, x, tolerance=math.nextafter(largest, 0))
+
+
+def test_what_is_exact_is_within_a_tolerance_of_zero():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, eps=0)).eval()
+    certificate = normlab.fold(model, torch.ones(1, 2), tolerance=0)[1].certificate
+    assert (certificate.largest, certificate.tolerance) == (0, 0)
 
 
 def test_weights_that_do_not_fit_stay():
@@ -747,9 +1156,36 @@ def test_weights_that_do_not_fit_stay():
         model[1].running_var.fill_(6e-8)
     _, report = normlab.fold(model, randn(3, 4).half())
     assert "would have weights of" in report.left["1"]
+    model[0].weight.data.fill_(math.nan)
+    _, report = normlab.fold(model, randn(3, 4).half())
+    assert "would have weights of nan" in report.left["1"]
     model[1].running_var.zero_()
     _, report = normlab.fold(model, randn(3, 4).half())
     assert report.left["1"].startswith("its scale or shift is not finite")
+    model[1].running_var.fill_(1)
+    model[1].running_mean.fill_(math.inf)
+    _, report = normlab.fold(model, randn(3, 4).half())
+    assert report.left["1"].startswith("its scale or shift is not finite")
+
+
+def test_a_bias_that_does_not_fit_stays_although_the_weights_would():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, eps=0)).eval().half()
+    with torch.no_grad():
+        model[0].weight.fill_(1000)
+        model[1].running_mean.fill_(64000)
+        model[1].running_var.fill_(0.25)
+    _, report = normlab.fold(model, torch.full((1, 1), 64).half())
+    assert "would have weights of 1.3e+05: torch.float16" in report.left["1"]
+
+
+def test_a_layer_without_inputs():
+    linear = nn.Linear(1, 3)
+    linear.in_features, linear.weight = 0, nn.Parameter(torch.empty(3, 0))
+    assert_folded(nn.Sequential(linear, nn.BatchNorm1d(3)), randn(2, 0), {"1": ("0", "before")})
+
+
+def fittable():
+    return pair(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
 class Curious(nn.Module):
@@ -766,19 +1202,43 @@ class Uncopyable(nn.Module):
         raise TypeError("not this one")
 
 
+class Derived(nn.Linear):
+    """Holds a tensor with a history, as `torch.nn.utils.weight_norm` does."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.derived = 2 * self.weight
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
         (nn.Conv2d(4, 4, 3), torch.ones(2, 3, 7, 7), "cannot be run on the example .*2, 3, 7, 7"),
+        (nn.Conv2d(4, 4, 3), (), "cannot be run on the example .without tensors.: TypeError"),
         (nn.Conv2d(4, 4, 3), "text", "the example is a str: expected a tensor, a tuple"),
         (nn.Conv2d(4, 4, 3), [torch.ones(1)], "the example is a list"),
-        ("text", torch.ones(1), "expected a torch.nn.Module, got str"),
+        ("text", torch.ones(1), "^expected a torch.nn.Module, got str$"),
         (Curious(), torch.ones(2, 4, 7, 7), "folded it does not, .*has no attribute 'eps'"),
-        (Uncopyable(), torch.ones(1), "Uncopyable cannot be copied, .*not this one"),
+        (Uncopyable(), torch.ones(1), "Uncopyable cannot be copied, .*TypeError: not this one"),
         (
-            net(lambda self, x: self.m(x).argmax(1), m=pair(nn.Linear(4, 4), nn.BatchNorm1d(4))),
+            Derived(),
+            torch.ones(1),
+            "Derived cannot be copied, .*RuntimeError: Only Tensors created",
+        ),
+        (
+            net(lambda self, x: self.m(x).argmax(1), m=fittable()),
             torch.ones(2, 4),
             "the model returns a Tensor of torch.int64: expected floating-point",
+        ),
+        (
+            net(lambda self, x: repr(self.m(x)), m=fittable()),
+            torch.ones(2, 4),
+            "the model returns a str without tensors: expected floating-point",
+        ),
+        (
+            net(lambda self, x: [self.m(x)] * (1 + hasattr(self.m[1], "eps")), m=fittable()),
+            torch.ones(2, 4),
+            "the model's output has another structure or shape after the change",
         ),
     ],
     ids=str,
@@ -788,9 +1248,10 @@ def test_what_cannot_be_used_is_named(model, example, message):
         normlab.fold(model.eval() if isinstance(model, nn.Module) else model, example)
 
 
-def test_a_negative_tolerance():
-    with pytest.raises(InputError, match="expected a tolerance of 0 or more, got -1"):
-        normlab.fold(nn.Identity(), torch.ones(1), tolerance=-1)
+@pytest.mark.parametrize("tolerance", [-1, math.nan])
+def test_what_is_no_tolerance(tolerance):
+    with pytest.raises(InputError, match=f"expected a tolerance of 0 or more, got {tolerance}"):
+        normlab.fold(nn.Identity(), torch.ones(1), tolerance=tolerance)
 
 
 def test_nothing_to_fold():
@@ -800,20 +1261,33 @@ def test_nothing_to_fold():
 
 
 def test_report_reads_well():
-    model = prepared(nn.Sequential(Dense(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2)))
+    last = nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)
+    model = prepared(
+        nn.Sequential(Dense(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), *last)
+    )
     _, report = normlab.fold(model, image(2))
     lines = str(report).splitlines()
-    assert lines[0] == "2 batch norms folded, 1 left as they were"
+    assert lines[0] == "3 batch norms folded, 1 left as they were"
     assert lines[1].startswith("  largest error ")
     assert lines[2:] == [
         "  0.norm2: into 0.conv1, before it",
         "  2: into 1, before it",
+        "  4: into 5, after it",
         "  0.norm1: left, no convolution or linear layer makes its input; its output is read by "
         "relu, not by one such layer alone",
-        "  state dict: 10 keys gone (.removed), 1 new (.added)",
+        "  state dict: 15 keys gone (.removed), 1 new (.added)",
     ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.folded = {}
+
+
+def test_report_where_nothing_is_folded():
+    _, report = normlab.fold(nn.BatchNorm2d(4), image(2).float())
+    assert str(report).splitlines() == [
+        "0 batch norms folded, 1 left as they were",
+        "  the model: left, no convolution or linear layer makes its input; its output is read by "
+        "nothing, not by one such layer alone",
+    ]
 
 
 def test_onnxruntime_runs_what_is_folded(tmp_path):
@@ -898,19 +1372,40 @@ def tokens(self, x):
 
 
 def transposed(self, x):
-    return self._norm(F.conv_transpose1d(x, self.v, None, 2, groups=2))
+    return self._norm(F.conv_transpose1d(x, self.v, None, 2, 1, 1, 2, 1))
+
+
+def volume(self, x):
+    return self._norm(F.conv3d(x, self.v, None, 1, 1, 1, 2))
+
+
+def by_name(self, x):
+    return self._norm(F.conv2d(input=x, weight=self.v, groups=2, padding=1))
 
 
 @pytest.mark.parametrize(
     ("call", "shape", "x"),
-    [(tokens, (6, 4), randn(5, 4)), (transposed, (4, 3, 3), image(1))],
-    ids=["linear", "transposed"],
+    [
+        (tokens, (6, 4), randn(5, 4)),
+        (transposed, (4, 3, 3), image(1)),
+        (volume, (6, 2, 3, 2, 2), image(3)),
+        (by_name, (6, 2, 3, 3), image(2)),
+    ],
+    ids=["linear", "transposed", "volume", "by name"],
 )
 def test_functional_layers_of_other_kinds(call, shape, x):
     model = Functional(call)
     model.v = nn.Parameter(torch.empty(shape))
     result, _ = assert_folded(model, x, {"batch_norm0": ("layer0", "before")})
     assert result.layer0.weight.shape == shape
+    assert ("(4, 6" in repr(result.layer0)) or "in_features=4, out_features=6" in repr(
+        result.layer0
+    )
+
+
+def test_modules_get_names_that_are_free():
+    model = Functional(whole, layer0=nn.Identity(), batch_norm0=nn.Identity())
+    assert_folded(model, image(2), {"batch_norm0_": ("layer0_", "before")})
 
 
 FUNCTIONAL = {
@@ -936,22 +1431,110 @@ class Keeper(nn.Conv2d):
 @pytest.mark.parametrize("why", FUNCTIONAL)
 def test_functional_calls_that_stay_are_named(why):
     model = Functional(FUNCTIONAL[why], conv=nn.Conv2d(4, 6, 3), keeper=Keeper(4, 6, 3))
-    _, report = normlab.fold(prepared(model), image(2))
+    assert_functional_left(model, why)
+
+
+def assert_functional_left(model, why):
+    result, report = normlab.fold(prepared(model), image(2))
+    assert type(result) is type(model)
     assert not report.folded
     assert list(report.left) == ["F.batch_norm in the model"]
     assert why in report.left["F.batch_norm in the model"]
 
 
+def normalized_with(self, x, *tensors):
+    return F.batch_norm(self.conv(x), self.mean, self.running_var, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("why", "call"),
+    [
+        (
+            "the forward of Functional depends on the mode",
+            lambda self, x: self.conv(x) if self.training else self._norm(self.conv(x)),
+        ),
+        (
+            "it normalizes by the batch in evaluation too",
+            lambda self, x: normalized_with(self, x, self.gamma, self.beta, True),
+        ),
+        ("its weight is no parameter", lambda self, x: normalized_with(self, x, self.other_mean)),
+        (
+            "its tensors are computed, or belong to another module",
+            lambda self, x: normalized_with(self, x, 2 * self.gamma),
+        ),
+        (
+            "its tensors are computed, or belong to another module",
+            lambda self, x: normalized_with(self, x, self.conv.bias),
+        ),
+        (
+            "the weight or bias of the layer before it is no parameter",
+            lambda self, x: self._norm(F.conv2d(x, self.w, self.other_mean, groups=2)),
+        ),
+        (
+            "the weight or bias of the layer before it is no parameter",
+            lambda self, x: self._norm(F.conv2d(x, self.kernel, self.b, groups=2)),
+        ),
+        (
+            "no convolution or linear layer makes its input",
+            lambda self, x: self._norm(self.identity(self.conv(x))),
+        ),
+        (
+            "its input is also read elsewhere",
+            lambda self, x: F.batch_norm(
+                self.pointwise(self._norm(y := self.conv(x)) + y),
+                self.other_mean,
+                self.other_running_var,
+            ),
+        ),
+        (
+            "its input is also read elsewhere",
+            lambda self, x: F.batch_norm(
+                self._norm(y := self.conv(x)) + y, self.other_mean, self.other_running_var
+            ),
+        ),
+    ],
+)
+def test_functional_calls_that_cannot_be_modules_are_named(why, call):
+    modules = {"conv": nn.Conv2d(4, 6, 3), "identity": nn.Identity()}
+    model = with_other_statistics(call, **modules, pointwise=nn.Conv2d(6, 6, 1))
+    model.register_buffer("kernel", torch.empty(6, 2, 3, 3))
+    assert_functional_left(model, why)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda self, x: torch.batch_norm(
+            x, None, None, self.mean, self.running_var, False, 0.1, 1e-5, False
+        ),
+        lambda self, x: torch.batch_norm(
+            *(x, None, None),
+            running_mean=self.mean,
+            running_var=self.running_var,
+            training=False,
+            momentum=0.1,
+            eps=1e-5,
+            cudnn_enabled=False,
+        ),
+    ],
+    ids=["by position", "by name"],
+)
+def test_what_torch_calls_a_batch_norm_is_named(call):
+    model = Functional(lambda self, x: call(self, self.conv(x)), conv=nn.Conv2d(4, 6, 3))
+    assert_functional_left(model, "it is not a module")
+
+
+def test_a_functional_batch_norm_whose_weight_a_public_method_reads_stays():
+    public = type("Public", (Functional,), {"scale": property(lambda self: self.gamma)})
+    assert_functional_left(public(whole), "gamma is also read elsewhere")
+
+
 def test_of_several_functional_batch_norms_those_that_can_are_folded():
     def call(self, x):
         y = self._norm(self.conv(x))
-        return F.batch_norm(y.relu(), self.other_mean, self.other_var)
+        return F.batch_norm(y.relu(), self.other_mean, self.other_running_var)
 
-    model = Functional(call, conv=nn.Conv2d(4, 6, 3))
-    model.register_buffer("other_mean", torch.zeros(6))
-    model.register_buffer("other_var", torch.ones(6))
-    model = prepared(model)
-    model.other_var.abs_()
+    model = with_other_statistics(call, conv=nn.Conv2d(4, 6, 3))
     result, report = normlab.fold(model, image(2))
     assert report.folded == {"batch_norm0": ("conv", "before")}
     assert report.left == {
@@ -959,6 +1542,47 @@ def test_of_several_functional_batch_norms_those_that_can_are_folded():
         "linear layer makes its input"
     }
     assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def with_other_statistics(call, **modules):
+    model = Functional(call, **modules)
+    model.register_buffer("other_mean", torch.empty(6))
+    model.register_buffer("other_running_var", torch.empty(6))
+    return prepared(model)
+
+
+def test_of_several_functional_batch_norms_one_whose_input_is_kept_stays_alone():
+    def call(self, x):
+        y = F.batch_norm(self.keeper(x), self.other_mean, self.other_running_var)
+        return self._norm(self.conv(y.relu()))
+
+    model = with_other_statistics(call, keeper=Keeper(4, 6, 1), conv=nn.Conv2d(6, 6, 3))
+    result, report = normlab.fold(model, image(2))
+    assert report.folded == {"batch_norm1": ("conv", "before")}
+    (why,) = report.left.values()
+    assert "what keeper, the layer before it, returns is kept" in why
+    assert_close(result(image(2)), model(image(2)), **EXACT)
+
+
+def test_a_functional_batch_norm_that_depends_on_the_mode_keeps_others_from_being_folded():
+    def call(self, x):
+        y = self._norm(self.keeper(x)).relu()
+        return F.batch_norm(self.conv(y), self.other_mean, self.other_running_var)
+
+    model = with_other_statistics(call, keeper=Keeper(4, 6, 1), conv=nn.Conv2d(6, 6, 3))
+    _, report = normlab.fold(model, image(2))
+    assert not report.folded
+    (why,) = report.left.values()
+    assert "what keeper, the layer before it, returns is kept" in why
+
+
+def test_a_functional_batch_norm_without_running_statistics_is_not_one_that_stays():
+    def call(self, x):
+        return self._norm(self.conv(F.batch_norm(x, None, None, training=True)))
+
+    _, report = normlab.fold(prepared(Functional(call, conv=nn.Conv2d(4, 6, 3))), image(2))
+    assert report.folded == {"batch_norm1": ("conv", "before")}
+    assert report.left == {}
 
 
 def test_under_inference_mode_around_it_and_within():

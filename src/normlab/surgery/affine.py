@@ -92,7 +92,7 @@ def before(layer: Layer, weights: Weights, norm: Affine) -> Weights:
     grouped = weights.weight.unflatten(0, (groups, -1))
     if isinstance(layer, _ConvTransposeNd):  # (groups, inputs / groups, outputs / groups, …)
         scale, shift = (each.view(groups, -1, 1, *rest) for each in norm)
-        added = (grouped * shift).flatten(3).sum(-1) if rest else grouped * shift
+        added = (grouped * shift).flatten(3).sum(-1)
         bias = added.sum(1).flatten()
     else:  # (groups, outputs / groups, inputs / groups, …)
         scale, shift = (each.view(groups, 1, -1, *rest) for each in norm)

@@ -135,8 +135,8 @@ def compare(
     if [each.shape for each in original] != [each.shape for each in changed]:
         raise InputError("the model's output has another structure or shape after the change")
     if tolerance is None:
-        dtypes = {each.dtype for each in (*original, *model.parameters())}
-        tolerance = max(TOLERANCES.get(each, 0.0) for each in (*dtypes, torch.float64))
+        dtypes = {each.dtype.to_real() for each in (*original, *model.parameters())}
+        tolerance = max(TOLERANCES.get(each, 0.0) for each in dtypes)
     errors, sizes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
     for one, other in zip(map(_flat, original), map(_flat, changed), strict=True):
         same = (one == other) | (one.isnan() & other.isnan())
@@ -149,13 +149,12 @@ def compare(
             "the model's output on the example has no finite value to measure the error on: pass "
             "another example"
         )
-    largest, mean = (float(error.max()), float(error.mean())) if error.numel() else (0.0, 0.0)
-    return Certificate(largest, mean, float(size.max()), tolerance)
+    return Certificate(float(error.max()), float(error.mean()), float(size.max()), tolerance)
 
 
 def _flat(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
+        tensor = torch.view_as_real(tensor)
     return tensor.detach().to("cpu", torch.float64).flatten()
 
 

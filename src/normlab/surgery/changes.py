@@ -59,12 +59,10 @@ class Changes:
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
-        """Change a model in place; each model that this is done to gets tensors of its own."""
+        """Change a model in place; all models that this is done to share the new parameters."""
         for name, parameters in self.weights.items():
             layer = model.get_submodule(name)
-            for key, parameter in zip(("weight", "bias"), parameters, strict=True):
-                data = parameter.detach().clone()
-                layer._parameters[key] = nn.Parameter(data, parameter.requires_grad)
+            layer._parameters.update(zip(("weight", "bias"), parameters, strict=True))
         for name, rest in self.rests.items():
             norm = model.get_submodule(name)
             new = rest(norm)

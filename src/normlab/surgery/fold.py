@@ -53,8 +53,7 @@ class FoldReport:
                 "  the model is in training mode, where what is folded computes no statistics"
             )
         lines += [
-            f"  {name}: into {into.layer or 'the model'}, {into.side} it"
-            for name, into in self.folded.items()
+            f"  {name}: into {into.layer}, {into.side} it" for name, into in self.folded.items()
         ]
         lines += [f"  {name or 'the model'}: left, {why}" for name, why in self.left.items()]
         if self.removed:

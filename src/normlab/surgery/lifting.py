@@ -139,7 +139,6 @@ def _modules(
 ) -> tuple[nn.Module | None, _BatchNorm, list[str]]:
     """Return modules for a batch norm and the call before it, and the attributes that they take."""
     bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
     if len(source.users) != 1:
         raise _RefusedError("its input is also read elsewhere")
     if bound.arguments["training"] is not False:
@@ -148,8 +147,6 @@ def _modules(
         key: _attribute(owner, node, bound.arguments[key])
         for key in ("running_mean", "running_var", "weight", "bias")
     }
-    if names["running_mean"] is None or names["running_var"] is None:
-        raise _RefusedError("it has no running statistics, and normalizes by the batch")
     layer, read = None, list(filter(None, names.values()))
     if source.op == "call_module":
         found: Any = owner.get_submodule(str(source.target))
@@ -166,9 +163,8 @@ def _modules(
     for key in ("weight", "bias"):
         if values[key] is not None and not isinstance(values[key], nn.Parameter):
             raise _RefusedError(f"its {key} is no parameter")
-    eps, momentum = bound.arguments["eps"], bound.arguments["momentum"]
-    norm = _NORMS[found.weight.ndim](len(values["running_mean"]), eps, momentum, device="meta")
-    norm.num_batches_tracked = None
+    features, eps = len(values["running_mean"]), bound.arguments["eps"]
+    norm = _NORMS[found.weight.ndim](features, eps, device="meta")
     for key, value in values.items():
         setattr(norm, key, value)
     return layer, norm, read
@@ -180,8 +176,6 @@ def _layer(owner: nn.Module, node: fx.Node) -> tuple[nn.Module, list[str]]:
     given = dict(zip(("input", "weight", "bias", *options), node.args, strict=False)) | node.kwargs
     given.pop("input")
     names = [_attribute(owner, node, given.pop(key, None)) for key in ("weight", "bias")]
-    if any(isinstance(each, fx.Node) for each in fx.node.map_arg(given, lambda n: n).values()):
-        raise _RefusedError("the layer before it has options that are computed")
     tensors: list[Any] = [None if name is None else getattr(owner, name) for name in names]
     weight, bias = tensors
     if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
@@ -193,7 +187,7 @@ def _layer(owner: nn.Module, node: fx.Node) -> tuple[nn.Module, list[str]]:
     else:
         inputs = inputs * groups
     sizes = (inputs, outputs, tuple(kernel)) if kernel else (inputs, outputs)
-    layer = cls(*sizes, bias=bias is not None, device="meta", **given)
+    layer = cls(*sizes, device="meta", **given)
     layer.weight, layer.bias = weight, bias
     return layer, [name for name in names if name is not None]
 
@@ -221,9 +215,8 @@ def _replace(node: fx.Node, name: str) -> None:
     with graph.inserting_before(node):
         node.replace_all_uses_with(graph.call_module(name, (_source(node),)))
     graph.erase_node(node)
-    for each in tensors:
-        if not each.users:
-            graph.erase_node(each)
+    for each in tensors:  # Which nothing else reads.
+        graph.erase_node(each)
 
 
 def _free_name(owner: nn.Module, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -110,7 +110,7 @@ class _Planner:
             self._check_norm(norm, original)
             rest, more = self._rest(norm, original)
             scaled = affine.of_norm(original)
-            if not all(each.isfinite().all() for each in scaled):
+            if not scaled.shift.isfinite().all():  # Nor is it where the scale is not.
                 raise _LeftError("its scale or shift is not finite")
             try:
                 layer, weights = self._before(norm, scaled)
@@ -142,7 +142,7 @@ class _Planner:
         for module, weights in self.weights.items():
             layer: Any = self.originals[module]
             was = layer.weight
-            weight, bias = (_like(each, was) for each in weights)
+            weight, bias = (each.to(was.device, was.dtype) for each in weights)
             if layer.bias is not None:
                 grad = layer.bias.requires_grad
             else:
@@ -156,18 +156,18 @@ class _Planner:
 
     def _check_norm(self, norm: _BatchNorm, original: _BatchNorm) -> None:
         """Refuse a batch norm that is not `x·s + t` of its own tensors, or that somebody sees."""
-        if any(map(is_lazy, (*original.parameters(False), *original.buffers(False)))):
+        if any(map(is_lazy, original.buffers(False))):
             raise _LeftError("it is not initialized: run a batch through the model first")
         if original.training and self.evaluated:
             raise _LeftError("it is in training mode by choice, and normalizes by the batch")
-        if original.running_mean is None or original.running_var is None:
+        if original.running_mean is None:
             raise _LeftError("it has no running statistics, and normalizes by the batch")
         self._check_module(norm, original, "it")
         calls = self.watch.calls[norm]
         if not calls:
             raise _LeftError("it is not called on the example")
         for call in calls:
-            if call.input is None or call.others.keys() - {"1", "residual"}:
+            if call.others.keys() - {"1", "residual"}:
                 raise _LeftError("it is called with something else than a tensor and a residual")
 
     def _check_module(self, module: nn.Module, original: nn.Module, what: str) -> None:
@@ -236,7 +236,7 @@ class _Planner:
         module = self.gone.get(maker, maker)
         if not isinstance(module, _LAYERS):
             raise _LeftError("no convolution or linear layer makes its input")
-        what = f"{self.names[module] or 'the model'}, the layer before it,"
+        what = f"{self.names[module]}, the layer before it,"
         original: Any = self.originals[module]
         self._check_layer(module, what)
         self._check_pairs(maker, norm, what)
@@ -273,14 +273,14 @@ class _Planner:
         inexact = affine.why_inexact(original, scaled)
         if inexact:
             raise _LeftError(f"{what} {inexact}")
-        weights = self.weights.get(module) or affine.in_float64(original)
+        weights = affine.in_float64(original)  # A layer's own: what follows it is planned later.
         return module, self._fitting(original, affine.before(original, weights, scaled), what)
 
     def _check_pairs(self, maker: nn.Module, reader: nn.Module, what: str) -> None:
         """Refuse unless every output of one goes into the other, unseen, and nothing else does."""
         for call in self.watch.calls[maker]:
             where = call.output
-            if where is None or self.watch.makers.get(where.memory) is not call:
+            if where is None:
                 raise _LeftError(f"{what} returns something else than one new tensor")
             readers = self.watch.readers[where.memory]
             takers = [each for each in self.watch.calls[reader] if each.maker is call]
@@ -290,7 +290,7 @@ class _Planner:
             if where.memory in self.watch.kept:
                 raise _LeftError(f"what {what} returns is kept, or returned by the model")
             twice = any(call in more for each in takers for more in each.others.values())
-            if len(takers) != 1 or readers != takers or twice:
+            if len(takers) != 1 or twice:
                 raise _LeftError(f"what {what} returns is not always passed on once")
         if len(self.watch.calls[maker]) != len(self.watch.calls[reader]):
             raise _LeftError(
@@ -303,18 +303,15 @@ class _Planner:
         if any(map(is_lazy, original.parameters(False))):
             raise _LeftError(f"{what} is not initialized: run a batch through the model first")
         self._check_module(module, original, what)
-        if not original.weight.is_floating_point():
-            raise _LeftError(f"{what} has weights of {original.weight.dtype}")
         for key, tensor in original.named_parameters(recurse=False):
             where = place(tensor)
             shared = self.holders.get(where.memory, []) if where else []
             if len(shared) > 1:
                 raise _LeftError(f"the {key} of {what} is shared: {', '.join(shared)}")
-        stock = _is_stock(original)
-        if isinstance(module, nn.Linear) and not stock:
+        if isinstance(module, nn.Linear) and not _is_stock(original):
             raise _LeftError(f"{what} has a forward of its own")
         knows_bias = {"bias", "super"} & names_read(type(original), "forward")
-        if original.bias is None and not stock and not knows_bias:
+        if original.bias is None and not knows_bias:
             raise _LeftError(f"{what} has a forward of its own, which reads no bias")
         if isinstance(module, _ConvNd):
             for call in self.watch.calls[module]:
@@ -327,10 +324,23 @@ class _Planner:
         if len(steps) != 1 or not plain or steps[0].makes != call.output:
             names = ", ".join(step.name for step in steps) or "nothing"
             raise _LeftError(f"{what} is no convolution with its own weight alone: {names} read it")
+        assert call.output is not None
+        memory = call.output.memory
+        # Before it is returned, which is when its readers begin to be noted.
+        readers = [
+            *(
+                s.name
+                for s in call.steps
+                if any(each and each.memory == memory for each in s.reads)
+            ),
+            *(name for name, taken, _ in call.parts if taken and taken.memory == memory),
+        ]
+        if readers:
+            raise _LeftError(f"{what} does more than convolve: {readers[0]} reads what it makes")
 
     def _fitting(self, layer: Layer, weights: Weights, what: str) -> Weights:
         """Refuse weights that are too large for the layer's dtype."""
-        largest = max(float(each.abs().max()) for each in weights if each.numel())
+        largest = float(torch.cat([each.flatten() for each in weights]).abs().max())
         if not largest <= torch.finfo(layer.weight.dtype).max:
             raise _LeftError(f"{what} would have weights of {largest:.2g}: {layer.weight.dtype}")
         return weights
@@ -360,7 +370,6 @@ def _same_channels(layer: Layer, made: Place | None, taken: Place | None) -> boo
     channels = made.shape[-1]
     return (
         isinstance(layer, nn.Linear)
-        and taken[:2] == made[:2]
         and taken.shape == (math.prod(made.shape[:-1]), channels)
         and taken.strides == (channels, 1)
         and made.strides[-1] == 1
@@ -377,8 +386,3 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
             if where is not None:
                 holders.setdefault(where.memory, []).append(f"{name}.{key}" if name else key)
     return holders
-
-
-def _like(values: Tensor, weight: Tensor) -> Tensor:
-    made = values.to(weight.device, weight.dtype)
-    return torch.empty_like(weight).copy_(made) if made.shape == weight.shape else made

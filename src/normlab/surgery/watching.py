@@ -176,8 +176,7 @@ class Watch:
                 if where is not None:
                     self._read_by(f"hooks of {name or 'the model'}", where.memory)
 
-        module.register_forward_pre_hook(note)
-        module.register_forward_hook(note)
+        module.register_forward_hook(note)  # Which gets the arguments too.
 
     def _follow(self, name: str, module: nn.Module) -> None:
         module.register_forward_pre_hook(lambda *_: self._inside.append(name), prepend=True)
