@@ -215,6 +215,10 @@ def test_between_batch_norms_there_is_nothing_to_fit():
     assert not report.explained
     assert report.error < 1e-12
     assert converted[0].weight.equal(model[0].weight)
+    counting = nn.Sequential(normlab.BatchNorm2d(4, finite_guard=True)).double()
+    there, _ = convert(counting, "torch-batch")
+    _, report = convert(there, "batch", calibrate=batches())
+    assert report.returned == {"0": "num_batches_skipped"}
 
 
 def test_a_constant_channel_has_its_mean():
@@ -233,6 +237,9 @@ def test_batches_may_come_once_and_as_a_loader_yields_them():
     lists, _ = convert(model, "layer", calibrate=batches())
     once, _ = convert(model, "layer", calibrate=((each, "label") for each in batches()))
     assert once[0].weight.equal(lists[0].weight)
+    example = randn(2, 4, 3, 3)
+    both, _ = convert(model, "layer", example=example, calibrate=batches())
+    assert both[0].weight.equal(lists[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +248,7 @@ def test_batches_may_come_once_and_as_a_loader_yields_them():
         ([], "calibrate has no batches: expected at least one"),
         (torch.ones(2, 4, 3, 3), r"calibrate is a Tensor: expected batches, as in calibrate="),
         ({"x": 1}, "calibrate is a dict"),
+        ("batches", "calibrate is a str"),
         ([3], "a batch is a int"),
     ],
     ids=str,
@@ -340,6 +348,7 @@ def test_a_layer_that_cannot_be_fit_explains_what_it_does():
         y, found = grouped.eval()(x), back.eval()(x)
     left, total = (y - found).square().sum(), (y - y.mean((0, 2, 3), keepdim=True)).square().sum()
     assert back[0].weight is None
+    assert not report.returned  # Its running statistics are those of the batches.
     assert report.explained["0"] == pytest.approx(float(1 - left / total))
 
 

@@ -551,10 +551,12 @@ def test_hooks_of_a_rewritten_module_and_of_state_dicts():
 def test_attributes_are_kept():
     model = net(lambda s, x: F.relu(s.bn(s.conv(x))), unused=nn.Linear(2, 2), act=nn.ReLU())
     model.note, model.bn.note, model.bn.name = [1], "mine", "my name"
+    model.bn.extra = nn.Parameter(torch.ones(3))
     model.register_buffer("extra", torch.ones(2), persistent=False)
     result, _ = convert(model)
     assert (result.note, result.bn.note, result.bn.name) == ([1], "mine", "my name")
     assert result.note is not model.note
+    assert [*dict(result.named_parameters())] == [*dict(model.named_parameters())]
     assert [*result._modules] == ["conv", "bn", "unused", "act"]
     assert [*dict(result.named_buffers())] == [*dict(model.named_buffers())]
     assert "extra" not in result.state_dict()
@@ -730,6 +732,12 @@ class Plain(nn.BatchNorm2d):
     def __init__(self, channels):
         super().__init__(channels, eps=1e-3)
 
+    def extra_repr(self):
+        return "plain"
+
+    def __repr__(self):
+        return "Plain()"
+
 
 class Frozen(nn.BatchNorm2d):
     def train(self, _=True):
@@ -763,6 +771,13 @@ def test_parametrized_and_occupied_layers_are_left():
     assert not report.replaced
     assert set(report.skipped) == {"0", "1", "2"}
     assert_close(result(randn(4, 3).float()), model(randn(4, 3).float()))
+    there, _ = convert(model, "rms")  # Which has no such attribute.
+    assert [type(each) for each in there] == [
+        type(model[0]),
+        normlab.layers.RMSNorm,
+        type(model[2]),
+    ]
+    assert convert(there, "torch-batch")[0][1].activation == "mine"
 
 
 def test_every_class():

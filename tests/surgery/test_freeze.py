@@ -19,6 +19,7 @@ class Foreign(nn.BatchNorm1d):
     def __init__(self, features):
         super().__init__(features)
         self.drop = nn.Dropout(0.5)
+        self.unused = nn.Linear(1, 1)
         self.calls = []
 
     def train(self, mode=True):
@@ -199,6 +200,9 @@ def test_the_rest_of_a_foreign_layer_is_not_frozen():
     assert frozen[1].calls == [False, True]
     assert frozen[1].drop.training
     assert not frozen[1].training
+    assert frozen[1].unused.weight.requires_grad
+    frozen[1].unused.weight.requires_grad_(False)
+    assert not unfreeze(frozen)[0][1].unused.weight.requires_grad
 
 
 def test_a_train_that_an_object_had_of_its_own_comes_back():
@@ -212,6 +216,15 @@ def test_a_train_that_an_object_had_of_its_own_comes_back():
     unfreeze(model, inplace=True)
     assert model[1].train == calls.append
     assert model[1].training  # As it would be: this `train` changes nothing.
+
+
+def test_parameters_that_came_or_went_since_are_no_matter():
+    frozen, _ = freeze(nn.BatchNorm1d(3))
+    frozen.bias = None
+    frozen.register_parameter("extra", nn.Parameter(torch.ones(3), requires_grad=False))
+    thawed, report = unfreeze(frozen)
+    assert report.changed == {"": ["statistics", "weight"]}
+    assert not thawed.extra.requires_grad
 
 
 def test_a_parameter_that_layers_share_is_given_back():
@@ -242,6 +255,11 @@ def test_what_cannot_be_frozen_is_named():
         "it has no parameters before its first batch",
     }
     assert "  0: left, it has no running statistics" in str(report)
+    alone = freeze(nn.BatchNorm1d(3, track_running_stats=False))[1]
+    assert str(alone).splitlines()[1:] == [
+        "  the model: weight, bias",
+        "  the model: left, it has no running statistics",
+    ]
     again = freeze(frozen)[1]
     assert again.changed == {}
     assert again.left["3"] == "its statistics are frozen already; its parameters are frozen already"

@@ -36,12 +36,11 @@ from normlab.surgery.kinds import (
 from normlab.surgery.memory import Memory, become, memories, undo
 from normlab.surgery.models import Forward, copy_of, put_back_on_failure, run_on
 from normlab.surgery.report import ConversionReport
-from normlab.surgery.standins import STANDIN_FOR, STANDINS, ChannelScale, Follows
+from normlab.surgery.standins import STANDIN_FOR, STANDINS, Follows
 from normlab.surgery.unfusing import unfuse
 
 __all__ = ["convert"]
 
-_NORMS = (*NORM_LAYERS, ChannelScale)
 _CLASSES = {
     *TO_OURS,
     *TO_TORCH,
@@ -181,7 +180,7 @@ class _Conversion:
                 explained = calibrate_layers(old, model, fits, self.run, self.samples)
                 report.explained.update(explained)
                 change = relative_error(old, model, self.run, self.samples)
-        follows = self._fuse(changed) if fuse and self.kind.follows else {}
+        follows = self._fuse(changed) if fuse else {}
         for layer, (was, _) in changed.items():
             now = _name(type(layer))
             what = now + _what(layer, follows.get(layer))
@@ -192,7 +191,7 @@ class _Conversion:
         """Return the layers to convert, and note which other norms are left."""
         found = []
         for module, name in self.names.items():
-            if not isinstance(module, _NORMS) and not memories(module):
+            if not isinstance(module, NORM_LAYERS) and not memories(module):
                 continue
             if self.kind.name in kinds_of(module) and not self._steps_back(module):
                 continue
@@ -254,7 +253,7 @@ class _Conversion:
         steps = self._steps_back(layer)
         for _ in range(steps or self._detour(layer)):
             returned.update(undo(layer))
-        if not steps and self.kind.name not in kinds_of(layer):
+        if not steps:
             self._go_on(layer, calls, calibrate)
         alike = was_batch and isinstance(layer, _BatchNorm)
         tensors = {**layer._parameters, **layer._buffers}
@@ -334,7 +333,7 @@ def _other_batch_norm(
     new = cls.__new__(cls)
     vars(new).update({key: copy.copy(value) for key, value in vars(layer).items() if key[0] == "_"})
     vars(new).update({key: value for key, value in vars(layer).items() if key[0] != "_"})
-    mine = {"ghost_size", "process_group"}
+    mine = {"ghost_size"}
     if cls in TO_TORCH:
         given = {each: vars(layer)[each] for each in OPTIONS if each in vars(layer)}
         if is_ours(layer):
@@ -347,10 +346,7 @@ def _other_batch_norm(
         for each in mine:
             vars(new).pop(each, None)
         new._buffers.pop("num_batches_skipped", None)
-        new._non_persistent_buffers_set.discard("num_batches_skipped")
         new = with_what_follows(name, layer, new, calls or [])
-    if issubclass(cls, nn.SyncBatchNorm):
-        vars(new)["process_group"] = layer.process_group
     names = {*vars(layer), *layer._parameters, *layer._buffers}
     return new, names - mine
 

@@ -181,7 +181,7 @@ def _begin(
 def _freeze_statistics(layer: _BatchNorm) -> list[str] | str:
     if is_frozen(layer):
         return "its statistics are frozen already"
-    if layer.running_mean is None or layer.running_var is None:
+    if layer.running_mean is None:
         return "it has no running statistics"
     if is_lazy(layer.running_mean):
         return "it has no running statistics before its first batch"

@@ -45,8 +45,8 @@ class Follows(nn.Module):
         negative_slope: Of "leaky_relu".
     """
 
-    activation: str | None = None
-    negative_slope: float = 0.01
+    activation: str | None
+    negative_slope: float
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize `input`, add `residual`, activate."""
