@@ -27,6 +27,11 @@ def batches():
 def healthy():
     return model(), batches()
 
+def worse():
+    found = model()
+    found[2].running_mean += found[2].running_var.sqrt() / 2
+    return found, batches()
+
 def ill():
     return model(0.99), batches()
 
@@ -65,6 +70,8 @@ def _mine(tmp_path, monkeypatch):
 def test_a_healthy_model_is_0_and_an_error_is_1(capsys):
     assert call("doctors_patient:healthy") == 0
     assert "error" not in capsys.readouterr().out
+    assert call("doctors_patient:worse") == 0
+    assert "\nwarning: stale statistics in 2\n" in capsys.readouterr().out
     assert call("doctors_patient:ill") == 1
     out = capsys.readouterr().out
     assert out.startswith("1 error, 1 information; 1 batch norm layers, 256 samples in 4 batches\n")
