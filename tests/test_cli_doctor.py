@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import normlab
 from normlab.cli import main
 
 MINE = """
@@ -84,6 +85,12 @@ def test_json_is_one_document_and_the_page_is_written(capsys, tmp_path):
     assert json.loads(out)["findings"][0]["layer"] == "2"
     assert err == "Report: page.html\n"
     assert "momentum convention" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_report_is_named_after_the_findings(capsys, monkeypatch):
+    monkeypatch.setattr(normlab.Diagnosis, "report", lambda _, path: path)
+    assert call("doctors_patient:healthy", "--report", "page.html") == 0
+    assert capsys.readouterr().out.endswith("\nReport: page.html\n")
 
 
 def test_data_is_a_set_or_a_function_of_batches(capsys):

@@ -37,7 +37,9 @@ def with_findings(diagnosis, *findings):
 def test_momentum_is_turned(momentum, mended):
     model = network()
     model[0].momentum = momentum
-    fixed = diagnose(model, data()).fixed()
+    diagnosis = diagnose(model, data())
+    assert diagnosis.findings[0].fix == f"model.get_submodule('0').momentum = {mended}"
+    fixed = diagnosis.fixed()
     assert fixed.model[0].momentum == mended
     assert fixed.done == (f"0: momentum {mended}", "1 batch norms recalibrated")
     assert model[0].momentum == momentum
