@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import normlab
 from normlab.cli import main
 
 MINE = """
@@ -26,6 +27,11 @@ def batches():
 
 def healthy():
     return model(), batches()
+
+def worse():
+    found = model()
+    found[2].running_mean += found[2].running_var.sqrt() / 2
+    return found, batches()
 
 def ill():
     return model(0.99), batches()
@@ -65,6 +71,8 @@ def _mine(tmp_path, monkeypatch):
 def test_a_healthy_model_is_0_and_an_error_is_1(capsys):
     assert call("doctors_patient:healthy") == 0
     assert "error" not in capsys.readouterr().out
+    assert call("doctors_patient:worse") == 0
+    assert "\nwarning: stale statistics in 2\n" in capsys.readouterr().out
     assert call("doctors_patient:ill") == 1
     out = capsys.readouterr().out
     assert out.startswith("1 error, 1 information; 1 batch norm layers, 256 samples in 4 batches\n")
@@ -77,6 +85,12 @@ def test_json_is_one_document_and_the_page_is_written(capsys, tmp_path):
     assert json.loads(out)["findings"][0]["layer"] == "2"
     assert err == "Report: page.html\n"
     assert "momentum convention" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_report_is_named_after_the_findings(capsys, monkeypatch):
+    monkeypatch.setattr(normlab.Diagnosis, "report", lambda _, path: path)
+    assert call("doctors_patient:healthy", "--report", "page.html") == 0
+    assert capsys.readouterr().out.endswith("\nReport: page.html\n")
 
 
 def test_data_is_a_set_or_a_function_of_batches(capsys):

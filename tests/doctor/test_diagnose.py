@@ -11,6 +11,7 @@ from torch import nn
 
 import normlab
 from normlab import diagnose
+from normlab.doctor import SIGNALS
 from normlab.errors import InputError
 
 
@@ -83,7 +84,9 @@ def test_the_model_is_as_it_was_when_it_raises():
 
 def test_the_same_diagnosis_twice():
     model = network()
-    assert diagnose(model, data()) == diagnose(model, data())
+    one = diagnose(model, data())
+    torch.rand(1)
+    assert diagnose(model, data()) == one
 
 
 class ByName(nn.Module):
@@ -116,6 +119,7 @@ def test_other_batches_run_by_forward_and_an_iterator_is_enough():
 
 def test_numbers_are_those_of_float64_by_hand():
     model, batches = network(), data()
+    model[1].weight.data.copy_(torch.tensor([4.0, 0.0, 3.0, 1.0, 2.0]))
     x = [batch @ model[0].weight.double().T for batch in (b.double() for b, _ in batches)]
     whole = torch.cat(x)
     mean, var = whole.mean(0), whole.var(0)
@@ -128,8 +132,73 @@ def test_numbers_are_those_of_float64_by_hand():
     assert numbers.mean_off == pytest.approx(torch.quantile(z, 0.95).item(), rel=1e-4)
     assert numbers.variance_off == pytest.approx(torch.quantile(v, 0.95).item(), rel=1e-4)
     assert numbers.worth == pytest.approx(min(worth.item(), 64), rel=1e-4)
-    assert numbers.gamma == (1.0,) * 5
-    assert (numbers.updates, numbers.values, numbers.channels) == (60, 64, 5)
+    assert numbers.gamma == (0.0, 1.0, 2.0, 3.0, 4.0)
+    assert (numbers.updates, numbers.values, numbers.channels, numbers.calls) == (60, 64, 5, 1)
+
+
+def test_activations_have_the_numbers_of_their_kind():
+    """And none of what saw nothing: a unit is a channel, and the last output has none."""
+    norm = nn.BatchNorm1d(2)
+    norm.bias.data.copy_(torch.tensor([-99.0, 99.0]))
+    model = nn.Sequential(norm, nn.ReLU(), nn.Sigmoid(), nn.Flatten(0), nn.ReLU(), nn.Sigmoid())
+    units = diagnose(model, [torch.randn(64, 2)]).units
+    rows = [(each.place, each.units, each.values, each.dead, each.saturated) for each in units]
+    assert rows == [
+        *(("1", 2, 64, 0.5, None), ("2", 2, 64, None, 0.5)),
+        *(("4", 0, 0, None, None), ("5", 0, 0, None, None)),
+    ]
+
+
+def test_findings_are_told_by_weight_and_causes_first():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    for _ in range(60):
+        model(torch.randn(64, 6))
+    model[0].reset_running_stats()
+    model[2].momentum = 0.99
+    model[2].running_mean += 0.8 * model[2].running_var.sqrt()
+    found = diagnose(model, [*data(), *data(1, 1)])
+    assert [(each.weight, each.signal, each.layer) for each in found.findings] == [
+        ("error", "never updated", "0"),
+        ("error", "momentum convention", "2"),
+        ("error", "tiny count", "0"),
+        ("warning", "stale statistics", "2"),
+        ("information", "redundant bias", "1"),
+    ]
+
+
+def test_answers_by_class_are_paired_with_those_of_the_same_samples_mixed(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), list(Drawing())
+    seen = []
+    signal = SIGNALS["order of the data"]
+    monkeypatch.setitem(
+        SIGNALS, "order of the data", lambda each: seen.append(each) or signal(each)
+    )
+    mixed = diagnose(model, batches).asked.mixed
+
+    def right(batches):
+        found = [(x, model(x).argmax(1) == y) for x, y in batches]
+        return {
+            tuple(x.tolist()): bool(each)
+            for xs, rs in found
+            for x, each in zip(xs, rs, strict=True)
+        }
+
+    by_class, rows = right(batches), [tuple(x.tolist()) for xs, _ in mixed for x in xs]
+    assert seen[0].given.tolist() == [by_class[each] for each in rows]
+    assert seen[0].answers.by_batch.tolist() == [right(mixed)[each] for each in rows]
+
+
+def test_decay_is_zero_of_what_the_optimizer_has_not():
+    model = network()
+
+    def decays(optimizer):
+        found = diagnose(model, data(), optimizer=optimizer).findings
+        return {f.layer: f.measured for f in found if f.signal == "decay on γ and β"}
+
+    assert decays(torch.optim.SGD([model[1].weight], 0.1, weight_decay=0.5)) == {"1": 0.5}
+    assert decays(torch.optim.LBFGS(model.parameters())) == {}
 
 
 def test_an_untrained_model_is_not_blamed_for_its_statistics():
@@ -139,6 +208,7 @@ def test_an_untrained_model_is_not_blamed_for_its_statistics():
     found = diagnose(model, moved)
     assert found.findings == ()
     assert "pass steps=" in found.not_measured["stale statistics"]
+    assert diagnose(model, moved, steps=0).findings == ()
     told = diagnose(model, moved, steps=100)
     assert {each.signal for each in told.findings} >= {"never updated"}
 
@@ -150,6 +220,7 @@ def test_a_layer_that_is_not_called_is_told():
     found = diagnose(model, data(), forward=lambda model, batch: model[:7](batch[0]))
     (finding,) = (f for f in found.findings if f.layer == "spare.norm")
     assert (finding.signal, finding.weight) == ("never updated", "information")
+    assert (found.numbers[-1].calls, found.numbers[-1].values) == (0, None)
 
 
 def test_a_loss_of_ones_own_is_asked_for_where_there_is_no_other():
@@ -167,6 +238,25 @@ def test_wrappers_are_looked_into():
     model = network()
     assert diagnose(nn.DataParallel(model), data()) == diagnose(model, data())
     assert diagnose(torch.compile(model, backend="eager"), data()) == diagnose(model, data())
+
+
+def test_a_fix_reaches_through_every_wrapper():
+    model = network()
+    model[1].momentum = 0.99
+    twice = nn.DataParallel(nn.DataParallel(model))
+    fix = diagnose(twice, data()).findings[0].fix
+    assert fix == "model.module.module.get_submodule('1').momentum = 0.01"
+
+
+def test_a_part_that_is_compiled_is_looked_into():
+    """Compiled code does not see the hooks that measure."""
+    model = network()
+    compiled = nn.Sequential(torch.compile(model, backend="eager"))
+    found, plain = (
+        diagnose(each, data(), reference=data(10)) for each in (compiled, nn.Sequential(model))
+    )
+    assert [each.worth for each in found.numbers] == [each.worth for each in plain.numbers]
+    assert found.not_measured == plain.not_measured
 
 
 def test_wrong_input_is_refused_in_one_line():
@@ -191,7 +281,11 @@ def test_wrong_input_is_refused_in_one_line():
     assert refused(model, away) == ("batch 1 is on meta and the model on cpu: pass device='cpu'")
     lazy = nn.Sequential(nn.LazyBatchNorm1d())
     assert refused(lazy, batches).endswith("has no shape yet: run the model on a batch once")
+    for each in (nn.LazyBatchNorm1d(affine=False), nn.LazyLinear(6)):
+        lazy = nn.Sequential(each, nn.BatchNorm1d(6))
+        assert refused(lazy, batches).endswith("has no shape yet: run the model on a batch once")
     assert "a whole number" in refused(model, batches, steps=-1)
+    assert "a whole number" in refused(model, batches, steps=1.5)
     assert "expected a torch optimizer, got str" in refused(model, batches, optimizer="adam")
     assert "reference: expected an iterable" in refused(model, batches, reference=3)
     assert refused(model, batches, reference=[]).startswith("reference: expected at least one")
@@ -257,6 +351,25 @@ def test_nan_in_a_batch_is_an_error_and_the_rest_is_measured_without_it():
     assert (finding.signal, finding.layer, finding.measured) == ("not finite", "1", 4.0)
 
 
+def test_a_reference_tells_another_domain_from_the_same():
+    def shifted(batches):
+        found = diagnose(network(), batches, reference=data(10)).findings
+        return [each.layer for each in found if each.signal == "shift of domain"]
+
+    assert shifted([(5 + x, y) for x, y in data()]) == ["1", "5"]
+    assert shifted(data()) == []
+
+
+def test_ranks_are_those_of_the_process_group(monkeypatch):
+    def missing():
+        return diagnose(network(), data()).not_measured.get("unsynced ranks", "")
+
+    assert "two ranks" in missing()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert missing() == ""
+
+
 def test_a_reference_that_is_not_finite_is_refused_and_a_batch_of_it_left_out():
     model, reference = network(), data(10)
     broken = [(x.fill_(NAN), y) for x, y in data(1)]
@@ -273,6 +386,7 @@ def test_a_batch_without_samples_is_told_by_its_size_alone():
     told = diagnose(network(), data())
     extra = [each for each in found.findings if each not in told.findings]
     assert {(each.signal, each.measured) for each in extra} == {("tiny count", 0.0)}
+    assert set(told.findings) <= set(found.findings)
     assert [each.worth for each in found.numbers] == [each.worth for each in told.numbers]
 
 
@@ -303,6 +417,8 @@ def test_fixes_run_as_they_are_printed():
 
     given = {"forward": forward, "device": "cpu"}
     findings = diagnose(wrapped, batches, **given).findings
+    (fix,) = {each.fix for each in findings if each.signal == "stale statistics"}
+    assert fix.endswith("(model, batches, forward=forward, device='cpu')")
     signals = ["momentum convention", "stale statistics", "never updated"]
     scope = {"model": wrapped, "batches": batches, "forward": forward, "normlab": normlab}
     for signal in signals:

@@ -1,7 +1,6 @@
 """Each threshold by itself: what is just short of it is let be, and what is just past it is not."""
 
 import math
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -9,36 +8,12 @@ import torch
 from torch import nn
 
 from normlab.doctor import SIGNALS, THRESHOLDS
+from normlab.doctor.behaviour import by_class
 from normlab.doctor.finding import MissingError
-from normlab.doctor.observations import Answers, Layer, Observations
-from normlab.probes import Flow, Moments, Units
+from normlab.doctor.observations import Answers, Observations
+from normlab.probes import Flow, Units
 
-Case = namedtuple("Case", "weight quantity threshold")
-MANY = 4096.0
-
-
-def moments(mean, var, n=MANY):
-    return Moments(*(torch.tensor(each, dtype=torch.float64) for each in (mean, var)), n)
-
-
-def observed(*rows, module=None, held=False, **options):
-    """What is observed of one trained layer whose batches have moments that fit its own."""
-    rows = rows or (moments([0.0], [1.0]),) * 8
-    module = module or nn.BatchNorm1d(len(rows[0].mean))
-    module.num_batches_tracked.fill_(1000)
-    least = min(each.n for each in rows)
-    layer = Layer("norm", module, held, True, calls=[list(rows)], least=least)
-    return Observations({"norm": layer}, batches=len(rows), **options)
-
-
-def buffers(**values):
-    """A layer of as many channels as there are values of each."""
-    count = max(map(len, values.values()))
-    module = nn.BatchNorm1d(count)
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(module, name).copy_(torch.tensor(value))
-    return module
+from .conftest import MANY, buffers, moments, observed, weight_of
 
 
 def stale_by(mean=0.0, ratio=1.0):
@@ -95,12 +70,46 @@ def apart(distance):
 
 
 def ordered(change, samples=1000):
-    mixed = np.arange(samples) < 900
+    mixed = np.arange(samples) < 0.9 * samples
     given = mixed.copy()
     given[: round(abs(change) * samples)] = False
     one, other = (given, mixed) if change < 0 else (mixed, given)
     labels = [np.zeros(2, int), np.ones(2, int)]
     return observed(labels=labels, given=one, answers=Answers(other, other))
+
+
+def gap_of(worse, samples=10000):
+    """Evaluation has so many samples wrong that are right by the batch."""
+    right = np.ones(samples, bool)
+    return observed(answers=Answers(np.arange(samples) >= worse, right))
+
+
+def worth_at_most(limit):
+    """Eight batches whose m_eff is below so much with 99%.
+
+    The variance of their means is 8/7·d² and that of all values 1; the χ² of 7 degrees of freedom
+    is 18.4753 there, as tables have it.
+    """
+    square = 18.4753 / (8 * limit)
+    means = (math.sqrt(square), -math.sqrt(square)) * 4
+    return observed(*[moments([each], [1 - square]) for each in means])
+
+
+def moved_from(distance, count=101):
+    """Batches of a mean, against some of the means 0, .01, …: 99% of those are .99 or less."""
+    seen = observed()
+    seen.reference = {"norm": [moments([each / 100], [1.0]) for each in range(count)]}
+    seen.evaluated = {"norm": [moments([distance], [1.0])]}
+    return seen
+
+
+def growing(total, count):
+    """Layers whose gradients are smaller by one factor from each to the next."""
+    layers = {}
+    for i in range(count):
+        (layers[f"{i}"],) = observed().layers.values()
+        layers[f"{i}"].gradient = total ** (1 - i / (count - 1))
+    return Observations(layers)
 
 
 # What is observed just short of a threshold, and just past it: the weight of what is then found.
@@ -110,6 +119,10 @@ CASES = {
         *("stale statistics", stale_by(ratio=math.exp(-0.199)), None),
         *(stale_by(ratio=math.exp(-0.201)), "information"),
     ),
+    "gap": ("train/eval gap", gap_of(99), None, gap_of(101), "warning"),
+    "gap error": ("train/eval gap", gap_of(499), "warning", gap_of(501), "error"),
+    # All that differ for one side: p is 2/2⁷ = .016, and 2/2⁸ = .008.
+    "significance": ("train/eval gap", gap_of(7, 500), None, gap_of(8, 500), "warning"),
     "stale warning mean": (
         *("stale statistics", stale_by(0.299), "information", stale_by(0.301), "warning"),
     ),
@@ -123,6 +136,12 @@ CASES = {
     "stale error variance": (
         *("stale statistics", stale_by(ratio=math.exp(1.385)), "warning"),
         *(stale_by(ratio=math.exp(1.387)), "error"),
+    ),
+    "noise": ("batch noise", worth_at_most(32.1), None, worth_at_most(31.9), "warning"),
+    "noise error": ("batch noise", worth_at_most(8.1), "warning", worth_at_most(7.9), "error"),
+    "noise confidence": (
+        *("batch noise", worth_at_most(32.001), None),
+        *(worth_at_most(31.999), "warning"),
     ),
     "count": ("tiny count", of_count(16.0), None, of_count(15.0), "warning"),
     "count error": ("tiny count", of_count(2.0), "warning", of_count(1.0), "error"),
@@ -156,17 +175,16 @@ CASES = {
         *(observed(part=1.1e-4), "warning"),
     ),
     "order": ("order of the data", ordered(-0.019), None, ordered(-0.021), "warning"),
+    "shift": ("shift of domain", moved_from(0.989), None, moved_from(0.991), "warning"),
+    "shift batches": (
+        *("shift of domain", moved_from(1.0, count=7), MissingError),
+        *(moved_from(1.0, count=8), "warning"),
+    ),
+    # The 88th root of 1e7 is 1.201, and the 89th 1.199.
+    "growth": ("gradient explosion", growing(1e7, 90), None, growing(1e7, 89), "error"),
+    "growth total": ("gradient explosion", growing(9e5, 50), None, growing(1.1e6, 50), "error"),
     "shared": ("shared layer", apart(0.499), None, apart(0.501), "warning"),
 }
-
-
-def weight_of(signal, seen):
-    try:
-        found = [each.weight for each in SIGNALS[signal](seen)]
-    except MissingError:
-        return MissingError
-    assert len(found) < 2
-    return found[0] if found else None
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,10 +194,22 @@ def test_a_threshold_is_where_it_says(name):
 
 
 def test_every_threshold_is_tried():
-    """Those of chance, of distributions and of gaps are in test_signals.py."""
-    elsewhere = {"gap", "gap error", "significance", "stale errors", "noise", "noise error"}
-    elsewhere |= {"noise confidence", "order p", "shift", "shift batches", "growth", "growth total"}
-    assert CASES.keys() | elsewhere == THRESHOLDS.keys()
+    """Those of chance and of the order of classes have tests of their own below."""
+    assert CASES.keys() | {"stale errors", "order p"} == THRESHOLDS.keys()
+
+
+# Yates' χ² of two batches of 100 that have 67 of one class and 67 of the other is 21.8, and with 68
+# it is 24.5; of p = 1e-6 it is 23.9.
+@pytest.mark.parametrize(("of_one", "found"), [(67, False), (68, True)])
+def test_the_order_of_classes_is_where_it_says(of_one, found):
+    first = np.arange(100) < of_one
+    assert by_class([first.astype(int), (~first).astype(int)]) is found
+
+
+def test_an_order_is_worth_nothing_where_chance_explains_it():
+    """Seven samples of 300 are more than two points, and p is 2/2⁷; of eight it is 2/2⁸."""
+    assert weight_of("order of the data", ordered(-7 / 300, 300)) is None
+    assert weight_of("order of the data", ordered(-8 / 300, 300)) == "warning"
 
 
 def test_an_order_that_helps_is_told_too():
@@ -194,12 +224,6 @@ def test_dropout_is_information_once_the_running_variance_is_that_without_it():
     assert (found.weight, found.measured) == ("information", pytest.approx(-0.5))
 
 
-def test_the_momentum_of_a_frozen_layer_does_nothing():
-    module = nn.BatchNorm1d(1, momentum=0.99)
-    assert weight_of("momentum convention", observed(module=module)) == "error"
-    assert weight_of("momentum convention", observed(module=module, held=True)) is None
-
-
 def test_frozen_parameters_are_asked_for_in_training():
     seen = observed()
     layer = seen.layers["norm"]
@@ -208,12 +232,6 @@ def test_frozen_parameters_are_asked_for_in_training():
     assert weight_of("frozen yet updating", seen) == "warning"
     layer.training = False
     assert weight_of("frozen yet updating", seen) is MissingError
-
-
-def test_a_rest_is_dropped_and_batches_that_are_all_small_need_another_norm():
-    rest = observed(*[moments([0.0], [1.0], n) for n in (64.0, 64.0, 4.0)])
-    assert "drop_last=True" in next(SIGNALS["tiny count"](rest)).fix
-    assert "normlab.convert(model, 'layer'" in next(SIGNALS["tiny count"](of_count(4.0))).fix
 
 
 def test_batches_that_are_not_finite_are_told_unless_a_layer_is_the_cause():

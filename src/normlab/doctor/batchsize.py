@@ -31,7 +31,7 @@ def _most_worth(layer: Layer) -> float:
     from scipy.stats import chi2
 
     freedom = layer.batches - 1
-    if freedom < 1 or not math.isfinite(layer.worth):
+    if not math.isfinite(layer.worth):
         return math.inf
     return layer.worth * float(chi2.ppf(threshold("noise confidence"), freedom)) / freedom
 
@@ -68,7 +68,7 @@ def tiny_count(seen: Observations) -> Iterator[Finding]:
     """Batches with few values per channel."""
     for layer in seen.layers.values():
         least = layer.least
-        if layer.held or least >= threshold("count") or least == math.inf:
+        if layer.held or least >= threshold("count"):
             continue
         alone = least <= threshold("count error")
         yield Finding(

@@ -89,7 +89,7 @@ def by_class(labels: Sequence[NDArray[np.int64]]) -> bool:
     from scipy.stats import chi2_contingency
 
     classes = np.unique(np.concatenate(list(labels)))
-    if len(labels) < 2 or len(classes) < 2:
+    if len(classes) < 2:
         return False
     table = np.array([[(each == label).sum() for label in classes] for each in labels])
     table = table[table.sum(1) > 0]

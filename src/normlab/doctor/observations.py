@@ -47,7 +47,7 @@ class Layer:
     @cached_property
     def precise(self) -> Moments | None:
         """The moments of all that it got, where they are finite; None if it was not called."""
-        parts = [each for call in self.calls for each in call if each.n > 0]
+        parts = [each for call in self.calls for each in call]
         return pooled(parts) if parts else None
 
     @cached_property
@@ -59,7 +59,8 @@ class Layer:
     def worth(self) -> float:
         """m_eff: how many independent values a batch is worth, Var(x) / Var(μb).
 
-        The harmonic mean over channels; NaN from fewer than two batches.
+        The harmonic mean over channels that vary; NaN where none does, and from fewer than two
+        batches.
 
         The variance of the batch means is taken without bias. A batch is worth no more than the
         values it has.
@@ -69,9 +70,7 @@ class Layer:
             return math.nan
         whole = pooled(rows)
         spread = torch.stack([each.mean for each in rows]).var(0)
-        kept = (whole.var > 0) & spread.isfinite()
-        if not kept.any():
-            return math.nan
+        kept = whole.var > 0
         share = float((spread[kept] / whole.var[kept]).mean())
         most = float(np.median([each.n for each in rows]))
         return most if share == 0 else min(1 / share, most)

@@ -40,7 +40,7 @@ def drift(layer: Layer) -> tuple[float, float] | None:
     mean, var = layer.running
     eps = layer.module.eps
     z = (mean - layer.precise.mean).abs() / (layer.precise.var + eps).sqrt()
-    v = ((var.clamp(min=0) + eps) / (layer.precise.unbiased_var + eps)).log().abs()
+    v = ((var + eps) / (layer.precise.unbiased_var + eps)).log().abs()
     kept = z.isfinite() & v.isfinite() & (var >= 0)
     if not kept.any():
         return None
@@ -69,9 +69,9 @@ def _excess(layer: Layer) -> _Excess | None:
     if found is None:
         return None
     # By chance alone: a running average with momentum a has a/(2 − a) of a batch's variance, and
-    # the mean over B batches 1/B of it; a batch is worth m_eff values.
+    # the mean over B batches 1/B of it; a batch is worth m_eff values. Above 1 the formula is none.
     a = layer.module.momentum
-    average = 1 / max(layer.tracked, 1) if a is None else a / (2 - a)
+    average = 1 / max(layer.tracked, 1) if a is None else min(a, 1) / (2 - min(a, 1))
     worth = layer.worth if math.isfinite(layer.worth) else layer.least
     chance = threshold("stale errors") * math.sqrt((average + 1 / layer.batches) / worth)
     for weight, name in _LEVELS:
@@ -86,9 +86,9 @@ def _excess(layer: Layer) -> _Excess | None:
     return None
 
 
-def untouched(seen: Observations, layer: Layer) -> bool:
-    """Tell whether running statistics are those that a layer begins with, in a trained model."""
-    if not seen.trained or layer.running is None or layer.tracked or layer.held:
+def untouched(layer: Layer) -> bool:
+    """Tell whether running statistics are those that a layer begins with."""
+    if layer.running is None or layer.tracked or layer.held:
         return False
     mean, var = layer.running
     return bool((mean == 0).all() and (var == 1).all())
@@ -100,7 +100,7 @@ def stale(seen: Observations) -> Iterator[Finding]:
         raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     shifted = {finding.layer for finding in shift_of_domain(seen)} if seen.reference else set()
     for layer in seen.layers.values():
-        if layer.held or layer.name in shifted or untouched(seen, layer):
+        if layer.held or layer.name in shifted or untouched(layer):
             continue
         found = _excess(layer)
         if found is None:
@@ -126,7 +126,7 @@ def initial_value(seen: Observations) -> Iterator[Finding]:
         raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     for layer in seen.layers.values():
         a, steps = layer.module.momentum, layer.tracked or seen.steps or 0
-        if layer.held or a is None or not 0 < a < 1 or not steps or untouched(seen, layer):
+        if layer.held or a is None or not 0 < a < 1 or not steps or untouched(layer):
             continue
         left = (1 - a) ** steps
         # Recalibrated statistics are counted by few batches too, and are right.
@@ -151,7 +151,7 @@ def momentum_convention(seen: Observations) -> Iterator[Finding]:
         a = layer.module.momentum
         if a is None or a < threshold("momentum") or layer.running is None or layer.held:
             continue
-        meant = round(1 - a, 12) if a < 1 else 0.1
+        meant = 1 - a if a < 1 else 0.1
         yield Finding(
             "momentum convention",
             layer.name,
@@ -220,7 +220,7 @@ def never_updated(seen: Observations) -> Iterator[Finding]:
     if not seen.trained:
         raise MissingError("a trained model: nothing says that this one is; pass steps= if it is")
     for layer in seen.layers.values():
-        if not untouched(seen, layer):
+        if not untouched(layer):
             continue
         called = layer.least < math.inf
         yield Finding(
@@ -246,13 +246,13 @@ def _without(seen: Observations, layer: Layer) -> str:
 def near_zero_variance(seen: Observations) -> Iterator[Finding]:
     """Channels whose input is constant, and those that amplify what little there is."""
     for layer in seen.layers.values():
-        if layer.running is None or untouched(seen, layer):
+        if layer.running is None or untouched(layer):
             continue
         _, var = layer.running
         eps, gamma = layer.module.eps, layer.module.weight
         size = torch.ones_like(var) if gamma is None else gamma.detach().double().abs().cpu()
         low = (var >= 0) & (var < threshold("variance") * eps)
-        gain = size / (var.clamp(min=0) + eps).sqrt()
+        gain = size / (var + eps).sqrt()
         amplified = low & (gain > threshold("gain"))
         if amplified.any():
             yield Finding(
@@ -323,6 +323,6 @@ def _distance(layer: Layer, batch: Moments) -> float:
     """
     assert layer.running is not None
     (mean, var), eps = layer.running, layer.module.eps
-    ours, theirs = batch.var + eps, var.clamp(min=0) + eps
+    ours, theirs = batch.var + eps, var + eps
     each = (theirs / ours).log() + (ours + (batch.mean - mean).square()) / theirs - 1
     return float(each.mean() / 2)

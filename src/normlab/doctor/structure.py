@@ -179,8 +179,8 @@ def explosion(seen: Observations) -> Iterator[Finding]:
     if seen.gradient_unknown:
         raise MissingError(seen.gradient_unknown)
     # In the order of the model, as far as its names tell it.
-    measured = [each for each in seen.layers.values() if each.gradient is not None]
-    sizes = [each.gradient for each in measured if each.gradient]
+    measured = [(each.name, each.gradient) for each in seen.layers.values() if each.gradient]
+    sizes = [size for _, size in measured]
     if not all(map(math.isfinite, sizes)):
         raise MissingError("gradients that are finite")
     if len(sizes) < 2:
@@ -190,7 +190,7 @@ def explosion(seen: Observations) -> Iterator[Finding]:
     if total > threshold("growth total") and each > threshold("growth"):
         yield Finding(
             "gradient explosion",
-            measured[0].name,
+            measured[0][0],
             "error",
             f"growth of ‖δ‖² over {len(sizes)} layers, {each:.3g} a layer",
             total,

@@ -49,8 +49,6 @@ def saturated_units(seen: Observations) -> Iterator[Finding]:
     if not inner:
         raise MissingError("a sigmoid or tanh inside the model")
     for place, units in inner.items():
-        if not units.values:
-            continue
         often = units.flat > threshold("saturated share") * units.values
         share = float(often.double().mean())
         if share > threshold("saturated"):
