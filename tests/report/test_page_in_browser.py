@@ -1,10 +1,14 @@
+import shutil
 import time
+from itertools import pairwise
 
 import pandas as pd
 import pytest
 
-from normlab.report import CHARTS, headline, write_runs
+from normlab.report import CHARTS, headline, write, write_runs
 from normlab.report.charts import colors
+from normlab.report.sensitivity import range_sentences
+from normlab.study import Comparison
 
 pytestmark = pytest.mark.slow
 SHOWN = [name for name in CHARTS if name != "sensitivity"]  # These studies have one rate.
@@ -143,6 +147,56 @@ def test_in_a_browser_a_study_with_nothing_done_has_no_error(nothing, opened):
     assert errors(browser) == []
 
 
+def test_in_a_browser_charts_that_are_drawn_again_stay_as_they_are(compared, opened, tmp_path):
+    comparison = compared(seeds=2, lr=[0.01, 0.1], probes=["units", "smoothness"])
+    browser = opened(write(comparison, tmp_path))
+    shown = "figure:not([hidden]) .chart svg.marks"
+    before = sizes(browser, shown)
+    redraw(browser)
+    assert sizes(browser, shown) == before
+    # The panels of two layers stand beside each other where there is room.
+    panels = sizes(browser, "#chart-dead-units .mark-group.role-scope.cell > g > path.background")
+    assert {height for _, height in before} != {0}
+    assert all(width > height for width, height in panels)
+
+
+def test_in_a_wide_window_the_verdicts_of_arms_with_long_names_are_seen(compared, opened, tmp_path):
+    arms = ["plain", "batch@post+dropout:0.25", "dropout:0.5+batch@post"]
+    browser = opened(write(compared(arms=arms), tmp_path))
+    for label in ("Verdicts", "Tests"):
+        script = """const box = document.querySelector(arguments[0]);
+            return [box.scrollWidth, box.clientWidth]"""
+        scrolled, client = browser.execute_script(script, f"[aria-label={label}]")
+        assert scrolled <= client
+
+
+def test_in_a_narrow_window_runs_with_long_names_do_not_scroll_sideways(make_run, opened, tmp_path):
+    runs = []
+    for letter in "ab":
+        shutil.copytree(make_run(seeds=2, epochs=1), tmp_path / (letter * 60))
+        runs.append(Comparison(tmp_path / (letter * 60)))
+    browser = opened(write_runs(runs, tmp_path), width=320)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 320
+    # What each was measured with is beside its heading, and not beyond the window.
+    box = browser.find_element("css selector", ".details td").rect
+    assert box["x"] + box["width"] <= 320
+
+
+def test_in_a_narrow_window_the_words_of_a_chart_are_broken_once(compared, opened, tmp_path):
+    comparison = compared(seeds=2, lr=[0.01, 0.1])
+    browser = opened(write(comparison, tmp_path), width=390)
+    lines = "#chart-sensitivity .role-title-subtitle text > tspan"
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map(one => one.textContent.trim())"
+    )
+    said = browser.execute_script(script, lines)
+    assert " ".join(said).endswith(" ".join(range_sentences(comparison)))
+    longest = max(map(len, said))
+    told = said[next(i for i, line in enumerate(said) if line.startswith("plain is")) :]
+    for line, following in pairwise(told):
+        assert line.endswith(".") or len(f"{line} {following.split()[0]}") > longest
+
+
 def lines(browser, name="accuracy"):
     """The colours of the lines of a chart."""
     script = """return [...document.querySelectorAll(arguments[0])].map(
@@ -176,6 +230,11 @@ def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
     assert sorted(lines(browser)) == sorted(2 * shown)
     press(browser, "seeds")
     assert len(lines(browser)) == 2 * 3 * (1 + 6)
+    script = """return [...document.querySelectorAll("#chart-accuracy .mark-line.role-mark path")]
+        .map(one => one.getAttribute("stroke-width"))"""
+    drawn = browser.execute_script(script)
+    means = 3 * ["2"]
+    assert drawn == 2 * (3 * 6 * ["1"] + means)  # The means are above the seeds, in both panels.
     press(browser, "metric", "loss")
     assert sizes(browser, "#chart-loss") == [[0, 0]]
     press(browser, "x", "steps")
@@ -256,11 +315,14 @@ def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, open
         return [style("body", "backgroundColor"), style("#chart-accuracy svg", "backgroundColor"),
                 style("#chart-accuracy .role-axis-label text", "fill"),
                 style("#chart-accuracy .mark-line path[stroke='#0072b2']", "stroke")]"""
+    button = "return getComputedStyle(document.querySelector('.chart summary')).backgroundColor"
     seen = {}
     for scheme in ("light", "dark"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         seen[scheme] = browser.execute_script(script)
+        if javascript and scheme == "dark":
+            assert browser.execute_script(button) == "rgb(31, 41, 55)"
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     clear = "rgba(0, 0, 0, 0)"
     assert seen == {

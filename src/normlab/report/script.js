@@ -122,7 +122,8 @@ window.normlab = (() => {
       if (logY) encoding.y = {...encoding.y, scale: {type: "log", nice: false}};
       return {...layer, encoding, transform: [{filter: "!isValid(datum.seed)"}]};
     });
-    if (want.seeds) layers.push(seedLines(layers[1], metric, several));
+    // Below the means, and the fainter the more there are.
+    if (want.seeds) layers.splice(1, 0, seedLines(layers[1], metric, several, runs));
     return {
       ...spec,
       datasets: {...spec.datasets, curves: shown},
@@ -133,15 +134,17 @@ window.normlab = (() => {
     };
   }
 
-  function seedLines(line, metric, several) {
+  function seedLines(line, metric, several, runs) {
+    const seeds = Math.max(...runs.map(run => new Set(run.courses.map(one => one.seed)).size), 1);
+    const value = Math.min(0.5, Math.max(5 / seeds, 0.1));
     const format = metric === "accuracy" ? ".2%" : ".4f";
     const keys = [...(several ? ["run"] : []), "arm", "lr", "weight_decay", "seed", "status", "step"];
     const encoding = {
       ...line.encoding,
       y: {...line.encoding.y, field: "value"},
       detail: ["run", "seed", "lr", "weight_decay"].map(field => ({field, type: "nominal"})),
-      opacity: {...line.encoding.opacity, condition: {...line.encoding.opacity.condition, value: 0.5},
-                value: 0.08},
+      opacity: {...line.encoding.opacity, condition: {...line.encoding.opacity.condition, value},
+                value: value / 6},
       tooltip: [...keys.map(field => ({field, type: "nominal"})),
                 {field: "value", type: "quantitative", format}],
     };
@@ -167,8 +170,9 @@ window.normlab = (() => {
   // Titles wrap where there is no room for them on one line.
   function wrapped(spec, room) {
     if (typeof spec.title !== "object") return spec;
-    const fold = text => [text].flat().flatMap(line => {
-      const most = Math.floor(room / 6);
+    // A line that ends with a space was broken where a wide page has no more room.
+    const fold = text => [text].flat().join("\n").replaceAll(" \n", " ").split("\n").flatMap(line => {
+      const most = Math.floor((room - 40) / 6);  // Beside the button that saves the chart.
       return line.match(new RegExp(`.{1,${most}}(?:\\s|$)|.{${most}}`, "g")) ?? [line];
     });
     const subtitle = spec.title.subtitle && fold(spec.title.subtitle);
