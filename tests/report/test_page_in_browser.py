@@ -11,6 +11,7 @@ from normlab.report.sensitivity import range_sentences
 from normlab.study import Comparison
 
 pytestmark = pytest.mark.slow
+ENTER = "\ue007"  # The key, as WebDriver has it.
 SHOWN = [name for name in CHARTS if name != "sensitivity"]  # These studies have one rate.
 
 
@@ -262,11 +263,99 @@ def test_in_a_browser_the_address_keeps_what_was_chosen(reported, opened):
     assert ticks(browser) != drawn[2]
 
 
-def ticks(browser):
+def ticks(browser, name="accuracy"):
     """Where the ticks of the axes are."""
-    script = """return [...document.querySelectorAll("#chart-accuracy .role-axis-tick line")].map(
+    script = """return [...document.querySelectorAll(arguments[0])].map(
         one => one.getAttribute("transform"))"""
-    return browser.execute_script(script)
+    return browser.execute_script(script, f"#chart-{name} .role-axis-tick line")
+
+
+def test_in_a_browser_the_loss_alone_can_be_on_a_log_scale(compared, opened, tmp_path):
+    # Two seeds that differ: bands reach below zero, where a logarithm has nothing.
+    browser = opened(write(compared(seeds=2, noise=0.02), tmp_path))
+    loss, accuracy = ticks(browser, "loss"), ticks(browser)
+    press(browser, "log-y")
+    assert ticks(browser, "loss") != loss
+    assert ticks(browser) == accuracy
+    shapes = (
+        "return [...document.querySelectorAll('#chart-loss path')].map(x => x.outerHTML).join()"
+    )
+    assert "NaN" not in browser.execute_script(shapes)
+    heights = [height for _, height in sizes(browser, "#chart-loss .mark-area.role-mark path")]
+    (panel, *_) = sizes(browser, "#chart-loss .role-scope.cell > g > path.background")
+    assert max(heights) <= panel[1]
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_page_follows_an_address_that_is_changed(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    browser.execute_script("location.hash = 'arm=batch&split=test&metric=accuracy&x=steps'")
+    wait_for(lambda: lines(browser), [colors(reported[0])["batch"]])
+    wait_for(lambda: sorted(axis(browser)), ["accuracy", "step"])
+
+
+def test_in_a_browser_charts_fit_a_window_that_is_made_narrow(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    panels = "#chart-accuracy .role-scope.cell > g > path.background"
+    script = """return new Set([...document.querySelectorAll(arguments[0])].map(
+        one => one.getBoundingClientRect().top)).size"""
+    assert browser.execute_script(script, panels) == 1
+    metrics = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    wait_for(lambda: browser.execute_script(script, panels), 3)  # Below each other.
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_in_a_browser_enter_in_a_control_sends_nothing(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    before = browser.current_url
+    browser.find_element("css selector", "#controls [name=log-x]").send_keys(ENTER)
+    redraw(browser)
+    assert browser.current_url == before
+    assert browser.get_log("browser") == []
+
+
+def test_in_a_browser_a_chart_can_be_saved_by_keyboard(reported, opened, tmp_path):
+    browser = opened(reported[1] / "report.html")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    button = browser.find_element("css selector", "#chart-loss summary")
+    assert button.accessible_name == "Save this chart"
+    button.send_keys(ENTER)
+    choices = browser.find_elements("css selector", "#chart-loss .vega-actions a")
+    wait_for(lambda: [one.text for one in choices], ["Save as SVG", "Save as PNG"])
+    for one, kind, start in zip(choices, ("svg", "png"), (b"<svg", b"\x89PNG"), strict=True):
+        one.send_keys(ENTER)
+        path = tmp_path / f"made-up-loss.{kind}"
+        wait_for(path.exists, True)
+        assert path.read_bytes().startswith(start)
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_page_says_what_it_has_no_room_for(
+    compared, opened, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("normlab.report.page.room", lambda *_: 0)
+    browser = opened(write(compared(seeds=2, epochs=1), tmp_path))
+    told = browser.find_element("css selector", ".downloads span").text
+    assert told == "Without the measurements of 4 replicas, for which this page has no room."
+
+
+def test_in_a_browser_the_data_of_several_runs_can_be_saved(make_run, opened, tmp_path):
+    names = ["a, b", 'so "called"']
+    for name in names:
+        shutil.copytree(make_run(seeds=2, epochs=1), tmp_path / name)
+    runs = [Comparison(tmp_path / name) for name in names]
+    browser = opened(write_runs(runs, tmp_path))
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    for what, count in (("measurements", 2 * 2 * 6), ("replicas", 2 * 2)):
+        browser.find_element("css selector", f"[data-csv={what}]").click()
+        wait_for((tmp_path / f"runs-{what}.csv").exists, True)
+        saved = pd.read_csv(tmp_path / f"runs-{what}.csv")
+        assert saved.columns[0] == "run"
+        expected = {f"made-up ({name})": count for name in names}
+        assert saved["run"].value_counts().to_dict() == expected
 
 
 def test_in_a_browser_a_page_takes_a_new_state_and_keeps_its_controls(nothing, reported, opened):
@@ -305,6 +394,12 @@ def test_in_a_browser_the_data_can_be_saved(reported, opened, tmp_path):
             if key in frame:
                 ours, theirs = (one.sort_values(order)[key] for one in (saved, frame))
                 assert list(ours) == list(theirs)
+        if what == "measurements":
+            ours, theirs = (
+                pd.to_datetime(one.sort_values(order)["time"]) for one in (saved, frame)
+            )
+            apart = ours.to_numpy() - theirs.to_numpy()
+            assert abs(apart).max() <= pd.Timedelta(milliseconds=1)
 
 
 @pytest.mark.parametrize("javascript", [True, False])

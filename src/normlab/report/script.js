@@ -227,6 +227,14 @@ window.normlab = (() => {
       // Its description stands for all of its parts.
       drawing.querySelector("g").setAttribute("aria-hidden", "true");
       place.querySelector("summary")?.setAttribute("aria-label", "Save this chart");
+      // Vega makes the picture when a mouse goes down, which neither a key nor a finger waits for.
+      for (const link of place.querySelectorAll(".vega-actions a")) {
+        link.addEventListener("click", async event => {
+          event.preventDefault();
+          const kind = link.download.split(".").at(-1);
+          saveAs(link.download, await view.toImageURL(kind, kind === "png" ? 2 : 1));
+        });
+      }
     }
   }
 
@@ -264,12 +272,16 @@ window.normlab = (() => {
       : runs.flatMap(run => rows(run.replicas).map(row => ({run: run.run, ...row})));
     const columns = what === "measurements" ? MEASUREMENTS
       : [...new Set(runs.flatMap(run => Object.keys(run.replicas)))];
+    const text = csv([...several, ...columns], table);
+    saveAs(`${name}-${what}.csv`, URL.createObjectURL(new Blob([text], {type: "text/csv"})));
+  }
+
+  function saveAs(name, address) {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(
-      new Blob([csv([...several, ...columns], table)], {type: "text/csv"}));
-    link.download = `${name}-${what}.csv`;
+    link.href = address;
+    link.download = name;
     link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    setTimeout(() => URL.revokeObjectURL(address), 10_000);
   }
 
   // The page's contents may be replaced, so the listeners are the document's.
