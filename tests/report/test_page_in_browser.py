@@ -141,6 +141,10 @@ def test_in_a_narrow_window_the_page_does_not_scroll_sideways(reported, opened, 
     scrolled, client = browser.execute_script(script)
     assert client == width
     assert scrolled <= client
+    if javascript:  # Charts are drawn for the width, and not made small.
+        script = """return [...document.querySelectorAll("svg.marks")].map(
+            one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)"""
+        assert min(browser.execute_script(script)) > 0.9
 
 
 def test_in_a_browser_a_study_with_nothing_done_has_no_error(nothing, opened):
@@ -159,6 +163,8 @@ def test_in_a_browser_charts_that_are_drawn_again_stay_as_they_are(compared, ope
     panels = sizes(browser, "#chart-dead-units .mark-group.role-scope.cell > g > path.background")
     assert {height for _, height in before} != {0}
     assert all(width > height for width, height in panels)
+    press(browser, "seeds")  # Those at the rate that is reported, of two.
+    assert len(lines(browser)) == 3 * 2 * (1 + 2)
 
 
 def test_in_a_wide_window_the_verdicts_of_arms_with_long_names_are_seen(compared, opened, tmp_path):
@@ -220,6 +226,11 @@ def axis(browser, name="accuracy"):
     return browser.execute_script(script, f"#chart-{name} .role-axis-title text")
 
 
+def labels(browser, name="accuracy"):
+    script = "return [...document.querySelectorAll(arguments[0])].map(one => one.textContent)"
+    return browser.execute_script(script, f"#chart-{name} .role-axis-label text")
+
+
 def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
     comparison, folder = reported
     palette = colors(comparison)
@@ -240,8 +251,10 @@ def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
     assert sizes(browser, "#chart-loss") == [[0, 0]]
     press(browser, "x", "steps")
     assert sorted(axis(browser)) == ["accuracy", "step"]
+    assert "400" in labels(browser)
     press(browser, "x", "seconds")
     assert sorted(axis(browser))[1].startswith("seconds (")
+    assert len(lines(browser)) == 2 * 3 * (1 + 6)
     assert errors(browser) == []
 
 
@@ -281,9 +294,7 @@ def test_in_a_browser_the_loss_alone_can_be_on_a_log_scale(compared, opened, tmp
         "return [...document.querySelectorAll('#chart-loss path')].map(x => x.outerHTML).join()"
     )
     assert "NaN" not in browser.execute_script(shapes)
-    heights = [height for _, height in sizes(browser, "#chart-loss .mark-area.role-mark path")]
-    (panel, *_) = sizes(browser, "#chart-loss .role-scope.cell > g > path.background")
-    assert max(heights) <= panel[1]
+    assert all(float(label.replace("−", "-")) > 0 for label in labels(browser, "loss") if label)
     assert errors(browser) == []
 
 
@@ -304,15 +315,6 @@ def test_in_a_browser_charts_fit_a_window_that_is_made_narrow(reported, opened):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     wait_for(lambda: browser.execute_script(script, panels), 3)  # Below each other.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-
-
-def test_in_a_browser_enter_in_a_control_sends_nothing(reported, opened):
-    browser = opened(reported[1] / "report.html")
-    before = browser.current_url
-    browser.find_element("css selector", "#controls [name=log-x]").send_keys(ENTER)
-    redraw(browser)
-    assert browser.current_url == before
-    assert browser.get_log("browser") == []
 
 
 def test_in_a_browser_a_chart_can_be_saved_by_keyboard(reported, opened, tmp_path):
@@ -429,7 +431,10 @@ def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, open
 def test_in_a_browser_every_drawing_has_its_description(reported, opened):
     browser = opened(reported[1] / "report.html")
     for name in SHOWN:
-        (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
+        box = browser.find_element("css selector", f"#chart-{name}")
+        # The box does not scroll, and does not stand in the way of the keyboard.
+        assert [box.get_attribute(each) for each in ("tabindex", "role")] == [None, None]
+        (drawing,) = box.find_elements("css selector", "svg.marks")
         assert drawing.get_attribute("role") == "img"
         (hidden,) = drawing.find_elements("css selector", "svg > g")
         assert hidden.get_attribute("aria-hidden") == "true"
