@@ -239,6 +239,8 @@ def test_a_pair_with_a_failed_run_has_no_difference_and_no_mean_is_drawn(compare
     comparison = compared(diverged=lambda replica: replica == BATCH_SEED_2)
     spec = chart(comparison, "difference").to_dict()
     assert [row["seed"] for row in rows(spec, "difference")] == [0, 1, 3, 4, 5]
+    told = "without one, as a replica diverged: batch 1 of 6 seeds"
+    assert spec["title"]["subtitle"][1:] == [told]
     assert rows(spec, "mean") == []
 
 

@@ -7,7 +7,7 @@ import vl_convert
 from scipy import stats
 
 from normlab.probes import PROBES, Histogram
-from normlab.report import inside_charts
+from normlab.report import chart, inside_charts
 from normlab.study import Comparison, Study
 from normlab.study.ledger import Ledger
 from normlab.training import Measurement, Outcome, Reading, Replica
@@ -174,3 +174,25 @@ def test_panels_stand_in_the_order_of_the_pass(kept):
     spec = inside_charts(comparison)["weight-gradients"].to_dict()
     order = ["z.linear", "m.norm", "a.act", "a.act (call 2)", "b.out"]
     assert spec["facet"]["sort"] == order
+
+
+def test_an_arm_has_its_shape_and_colour_and_is_named_only_where_it_is_drawn(kept):
+    replicas = [Replica(arm, 0.01, 0) for arm in ("plain", "batch", "layer")]
+    gamma = {"hidden0.norm": {"weight": Histogram(0.5, 1.5, [1, 1])}}
+    events = []
+    for replica in replicas:
+        events.append(measured(replica, 10, {} if replica.arm == "plain" else gamma))
+        events.append(Outcome(replica, "done", 10, 1.0))
+    comparison = kept(*events, arms=["plain", "batch", "layer"], seeds=1)
+    encodings = [
+        layer["encoding"]
+        for layer in inside_charts(comparison)["gamma"].to_dict()["spec"]["layer"]
+        if "shape" in layer["encoding"]
+    ]
+    curve = chart(comparison).to_dict()["spec"]["layer"][2]["encoding"]
+    for channel in ("color", "shape"):
+        arms, looks = (curve[channel]["scale"][key] for key in ("domain", "range"))
+        everywhere = dict(zip(arms, looks, strict=True))
+        (scale,) = [one[channel]["scale"] for one in encodings]
+        assert scale["domain"] == ["batch", "layer"]
+        assert scale["range"] == [everywhere[arm] for arm in scale["domain"]]

@@ -1,12 +1,17 @@
+import shutil
 import time
+from itertools import pairwise
 
 import pandas as pd
 import pytest
 
-from normlab.report import CHARTS, headline, write_runs
+from normlab.report import CHARTS, headline, write, write_runs
 from normlab.report.charts import colors
+from normlab.report.sensitivity import range_sentences
+from normlab.study import Comparison
 
 pytestmark = pytest.mark.slow
+ENTER = "\ue007"  # The key, as WebDriver has it.
 SHOWN = [name for name in CHARTS if name != "sensitivity"]  # These studies have one rate.
 
 
@@ -136,11 +141,67 @@ def test_in_a_narrow_window_the_page_does_not_scroll_sideways(reported, opened, 
     scrolled, client = browser.execute_script(script)
     assert client == width
     assert scrolled <= client
+    if javascript:  # Charts are drawn for the width, and not made small.
+        script = """return [...document.querySelectorAll("svg.marks")].map(
+            one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)"""
+        assert min(browser.execute_script(script)) > 0.9
 
 
 def test_in_a_browser_a_study_with_nothing_done_has_no_error(nothing, opened):
     browser = opened(nothing[1] / "report.html")
     assert errors(browser) == []
+
+
+def test_in_a_browser_charts_that_are_drawn_again_stay_as_they_are(compared, opened, tmp_path):
+    comparison = compared(seeds=2, lr=[0.01, 0.1], probes=["units", "smoothness"])
+    browser = opened(write(comparison, tmp_path))
+    shown = "figure:not([hidden]) .chart svg.marks"
+    before = sizes(browser, shown)
+    redraw(browser)
+    assert sizes(browser, shown) == before
+    # The panels of two layers stand beside each other where there is room.
+    panels = sizes(browser, "#chart-dead-units .mark-group.role-scope.cell > g > path.background")
+    assert {height for _, height in before} != {0}
+    assert all(width > height for width, height in panels)
+    press(browser, "seeds")  # Those at the rate that is reported, of two.
+    assert len(lines(browser)) == 3 * 2 * (1 + 2)
+
+
+def test_in_a_wide_window_the_verdicts_of_arms_with_long_names_are_seen(compared, opened, tmp_path):
+    arms = ["plain", "batch@post+dropout:0.25", "dropout:0.5+batch@post"]
+    browser = opened(write(compared(arms=arms), tmp_path))
+    for label in ("Verdicts", "Tests"):
+        script = """const box = document.querySelector(arguments[0]);
+            return [box.scrollWidth, box.clientWidth]"""
+        scrolled, client = browser.execute_script(script, f"[aria-label={label}]")
+        assert scrolled <= client
+
+
+def test_in_a_narrow_window_runs_with_long_names_do_not_scroll_sideways(make_run, opened, tmp_path):
+    runs = []
+    for letter in "ab":
+        shutil.copytree(make_run(seeds=2, epochs=1), tmp_path / (letter * 60))
+        runs.append(Comparison(tmp_path / (letter * 60)))
+    browser = opened(write_runs(runs, tmp_path), width=320)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 320
+    # What each was measured with is beside its heading, and not beyond the window.
+    box = browser.find_element("css selector", ".details td").rect
+    assert box["x"] + box["width"] <= 320
+
+
+def test_in_a_narrow_window_the_words_of_a_chart_are_broken_once(compared, opened, tmp_path):
+    comparison = compared(seeds=2, lr=[0.01, 0.1])
+    browser = opened(write(comparison, tmp_path), width=390)
+    lines = "#chart-sensitivity .role-title-subtitle text > tspan"
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map(one => one.textContent.trim())"
+    )
+    said = browser.execute_script(script, lines)
+    assert " ".join(said).endswith(" ".join(range_sentences(comparison)))
+    longest = max(map(len, said))
+    told = said[next(i for i, line in enumerate(said) if line.startswith("plain is")) :]
+    for line, following in pairwise(told):
+        assert line.endswith(".") or len(f"{line} {following.split()[0]}") > longest
 
 
 def lines(browser, name="accuracy"):
@@ -165,6 +226,11 @@ def axis(browser, name="accuracy"):
     return browser.execute_script(script, f"#chart-{name} .role-axis-title text")
 
 
+def labels(browser, name="accuracy"):
+    script = "return [...document.querySelectorAll(arguments[0])].map(one => one.textContent)"
+    return browser.execute_script(script, f"#chart-{name} .role-axis-label text")
+
+
 def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
     comparison, folder = reported
     palette = colors(comparison)
@@ -176,12 +242,19 @@ def test_in_a_browser_the_controls_choose_what_is_drawn(reported, opened):
     assert sorted(lines(browser)) == sorted(2 * shown)
     press(browser, "seeds")
     assert len(lines(browser)) == 2 * 3 * (1 + 6)
+    script = """return [...document.querySelectorAll("#chart-accuracy .mark-line.role-mark path")]
+        .map(one => one.getAttribute("stroke-width"))"""
+    drawn = browser.execute_script(script)
+    means = 3 * ["2"]
+    assert drawn == 2 * (3 * 6 * ["1"] + means)  # The means are above the seeds, in both panels.
     press(browser, "metric", "loss")
     assert sizes(browser, "#chart-loss") == [[0, 0]]
     press(browser, "x", "steps")
     assert sorted(axis(browser)) == ["accuracy", "step"]
+    assert "400" in labels(browser)
     press(browser, "x", "seconds")
     assert sorted(axis(browser))[1].startswith("seconds (")
+    assert len(lines(browser)) == 2 * 3 * (1 + 6)
     assert errors(browser) == []
 
 
@@ -203,11 +276,88 @@ def test_in_a_browser_the_address_keeps_what_was_chosen(reported, opened):
     assert ticks(browser) != drawn[2]
 
 
-def ticks(browser):
+def ticks(browser, name="accuracy"):
     """Where the ticks of the axes are."""
-    script = """return [...document.querySelectorAll("#chart-accuracy .role-axis-tick line")].map(
+    script = """return [...document.querySelectorAll(arguments[0])].map(
         one => one.getAttribute("transform"))"""
-    return browser.execute_script(script)
+    return browser.execute_script(script, f"#chart-{name} .role-axis-tick line")
+
+
+def test_in_a_browser_the_loss_alone_can_be_on_a_log_scale(compared, opened, tmp_path):
+    # Two seeds that differ: bands reach below zero, where a logarithm has nothing.
+    browser = opened(write(compared(seeds=2, noise=0.02), tmp_path))
+    loss, accuracy = ticks(browser, "loss"), ticks(browser)
+    press(browser, "log-y")
+    assert ticks(browser, "loss") != loss
+    assert ticks(browser) == accuracy
+    shapes = (
+        "return [...document.querySelectorAll('#chart-loss path')].map(x => x.outerHTML).join()"
+    )
+    assert "NaN" not in browser.execute_script(shapes)
+    assert all(float(label.replace("−", "-")) > 0 for label in labels(browser, "loss") if label)
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_page_follows_an_address_that_is_changed(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    browser.execute_script("location.hash = 'arm=batch&split=test&metric=accuracy&x=steps'")
+    wait_for(lambda: lines(browser), [colors(reported[0])["batch"]])
+    wait_for(lambda: sorted(axis(browser)), ["accuracy", "step"])
+
+
+def test_in_a_browser_charts_fit_a_window_that_is_made_narrow(reported, opened):
+    browser = opened(reported[1] / "report.html")
+    panels = "#chart-accuracy .role-scope.cell > g > path.background"
+    script = """return new Set([...document.querySelectorAll(arguments[0])].map(
+        one => one.getBoundingClientRect().top)).size"""
+    assert browser.execute_script(script, panels) == 1
+    metrics = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    wait_for(lambda: browser.execute_script(script, panels), 3)  # Below each other.
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_in_a_browser_a_chart_can_be_saved_by_keyboard(reported, opened, tmp_path):
+    browser = opened(reported[1] / "report.html")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    button = browser.find_element("css selector", "#chart-loss summary")
+    assert button.accessible_name == "Save this chart"
+    button.send_keys(ENTER)
+    choices = browser.find_elements("css selector", "#chart-loss .vega-actions a")
+    wait_for(lambda: [one.text for one in choices], ["Save as SVG", "Save as PNG"])
+    for one, kind, start in zip(choices, ("svg", "png"), (b"<svg", b"\x89PNG"), strict=True):
+        one.send_keys(ENTER)
+        path = tmp_path / f"made-up-loss.{kind}"
+        wait_for(path.exists, True)
+        assert path.read_bytes().startswith(start)
+    assert errors(browser) == []
+
+
+def test_in_a_browser_the_page_says_what_it_has_no_room_for(
+    compared, opened, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("normlab.report.page.room", lambda *_: 0)
+    browser = opened(write(compared(seeds=2, epochs=1), tmp_path))
+    told = browser.find_element("css selector", ".downloads span").text
+    assert told == "Without the measurements of 4 replicas, for which this page has no room."
+
+
+def test_in_a_browser_the_data_of_several_runs_can_be_saved(make_run, opened, tmp_path):
+    names = ["a, b", 'so "called"']
+    for name in names:
+        shutil.copytree(make_run(seeds=2, epochs=1), tmp_path / name)
+    runs = [Comparison(tmp_path / name) for name in names]
+    browser = opened(write_runs(runs, tmp_path))
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    for what, count in (("measurements", 2 * 2 * 6), ("replicas", 2 * 2)):
+        browser.find_element("css selector", f"[data-csv={what}]").click()
+        wait_for((tmp_path / f"runs-{what}.csv").exists, True)
+        saved = pd.read_csv(tmp_path / f"runs-{what}.csv")
+        assert saved.columns[0] == "run"
+        expected = {f"made-up ({name})": count for name in names}
+        assert saved["run"].value_counts().to_dict() == expected
 
 
 def test_in_a_browser_a_page_takes_a_new_state_and_keeps_its_controls(nothing, reported, opened):
@@ -246,6 +396,12 @@ def test_in_a_browser_the_data_can_be_saved(reported, opened, tmp_path):
             if key in frame:
                 ours, theirs = (one.sort_values(order)[key] for one in (saved, frame))
                 assert list(ours) == list(theirs)
+        if what == "measurements":
+            ours, theirs = (
+                pd.to_datetime(one.sort_values(order)["time"]) for one in (saved, frame)
+            )
+            apart = ours.to_numpy() - theirs.to_numpy()
+            assert abs(apart).max() <= pd.Timedelta(milliseconds=1)
 
 
 @pytest.mark.parametrize("javascript", [True, False])
@@ -256,11 +412,14 @@ def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, open
         return [style("body", "backgroundColor"), style("#chart-accuracy svg", "backgroundColor"),
                 style("#chart-accuracy .role-axis-label text", "fill"),
                 style("#chart-accuracy .mark-line path[stroke='#0072b2']", "stroke")]"""
+    button = "return getComputedStyle(document.querySelector('.chart summary')).backgroundColor"
     seen = {}
     for scheme in ("light", "dark"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         seen[scheme] = browser.execute_script(script)
+        if javascript and scheme == "dark":
+            assert browser.execute_script(button) == "rgb(31, 41, 55)"
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     clear = "rgba(0, 0, 0, 0)"
     assert seen == {
@@ -272,7 +431,10 @@ def test_in_a_browser_a_dark_page_has_light_text_and_dark_grounds(reported, open
 def test_in_a_browser_every_drawing_has_its_description(reported, opened):
     browser = opened(reported[1] / "report.html")
     for name in SHOWN:
-        (drawing,) = browser.find_elements("css selector", f"#chart-{name} svg.marks")
+        box = browser.find_element("css selector", f"#chart-{name}")
+        # The box does not scroll, and does not stand in the way of the keyboard.
+        assert [box.get_attribute(each) for each in ("tabindex", "role")] == [None, None]
+        (drawing,) = box.find_elements("css selector", "svg.marks")
         assert drawing.get_attribute("role") == "img"
         (hidden,) = drawing.find_elements("css selector", "svg > g")
         assert hidden.get_attribute("aria-hidden") == "true"

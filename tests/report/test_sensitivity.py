@@ -268,7 +268,8 @@ def test_the_rates_are_on_a_logarithmic_axis_and_are_named(ended):
 
 def test_the_chart_says_what_it_shows(ended):
     comparison = ended(MIXED)
-    said = " ".join(chart(comparison, "sensitivity").to_dict()["title"]["subtitle"])
+    lines = chart(comparison, "sensitivity").to_dict()["title"]["subtitle"]
+    said = " ".join(line.strip() for line in lines)
     assert said.startswith(
         "lines: mean final test accuracy of 6 seeds; band: pointwise 95% t interval of the mean"
     )

@@ -181,8 +181,20 @@ def test_the_answer_has_a_sentence_for_each_arm_on_the_first_metric(compared):
 
 
 def test_one_arm_is_not_an_answer(compared):
-    expected = "batch ran alone: a second arm would make a comparison."
-    assert headline(compared(arms=["batch"], seeds=2)) == [expected]
+    comparison = compared(arms=["batch"], seeds=2)
+    finals = comparison.outcomes()["final_test_accuracy"] * 100
+    size = f"{finals.mean():.2f}% ± {finals.std():.2f} over 2 seeds"
+    expected = f"batch ran alone, with final test accuracy {size}: a second arm would make a "
+    assert headline(comparison) == [expected + "comparison."]
+    begun = compared(arms=["batch"], seeds=2, running=lambda _: True)
+    alone = "batch ran alone: a second arm would make a comparison."
+    assert headline(begun) == [alone, "0 of 2 replicas are done."]
+
+
+def test_without_a_verdict_replicas_that_failed_are_told(compared):
+    (told,) = headline(compared(seeds=3, diverged=lambda replica: replica.seed > 0))
+    expected = "; 2 of 3 replicas of batch and 2 of plain diverged; no verdict from 3 seeds: 5 are"
+    assert told == f"batch against plain on final test accuracy{expected} needed."
 
 
 def test_what_does_not_speak_for_itself_on_another_metric_gets_a_sentence(compared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from normlab.errors import InputError
@@ -10,7 +11,7 @@ from normlab.report.wording import sentence
 from normlab.study import Comparison
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     import altair as alt
     import pandas as pd
@@ -20,6 +21,7 @@ __all__ = [
     "DARK",
     "PALETTE",
     "SPLITS",
+    "arm_shape",
     "chart",
     "colors",
     "curve_rows",
@@ -92,7 +94,8 @@ def chart(comparison: Comparison, name: str = "accuracy") -> alt.TopLevelMixin:
     if name == "difference":
         return _differences(comparison)
     if name == "sensitivity":
-        return sensitivity_chart(comparison, _arm_color(colors(comparison)), CHARTS[name])
+        arms = colors(comparison)
+        return sensitivity_chart(comparison, _arm_color(arms), arm_shape(arms), CHARTS[name])
     return _curves(comparison, name)
 
 
@@ -193,8 +196,7 @@ def draw_curves(
             alt.Tooltip("diverged:Q"),
         ],
     )
-    shape = alt.Shape("arm:N", scale=_shapes(palette), legend=_legend())
-    points = line.mark_point(filled=True, size=30).encode(shape=shape)
+    points = line.mark_point(filled=True, size=30).encode(shape=arm_shape(palette))
     return alt.layer(area, line.mark_line(), points).add_params(picked)
 
 
@@ -239,7 +241,13 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
         for seed, row in finals.iterrows()
         for arm in others
     ]
-    seeds = pd.DataFrame(rows, columns=["arm", "seed", "difference"]).dropna()
+    pairs = pd.DataFrame(rows, columns=["arm", "seed", "difference"])
+    seeds = pairs.dropna()
+    missing = [
+        f"{arm} {gone} of {len(finals)} seeds"
+        for arm, gone in pairs["difference"].isna().groupby(pairs["arm"], sort=False).sum().items()
+        if gone
+    ]
     means = pd.DataFrame(
         [
             {
@@ -279,14 +287,18 @@ def _differences(comparison: Comparison) -> alt.TopLevelMixin:
             *(alt.Tooltip(f"{key}:Q", format="+.2f") for key in ("mean", "low", "high")),
         ],
     )
+    subtitle = (
+        f"dots: seeds; diamond and bar: mean and {comparison.study.confidence * 100:g}% interval; "
+        f"grey: differences declared not to matter (±{margin:g})"
+    )
     return alt.layer(inside, zero, ticks, span, mean).properties(
         width=620,
         height=alt.Step(56),
         title=alt.TitleParams(
             CHARTS["difference"],
-            subtitle="dots: seeds; diamond and bar: mean and "
-            f"{comparison.study.confidence * 100:g}% interval; "
-            f"grey: differences declared not to matter (±{margin:g})",
+            subtitle=[subtitle, f"without one, as a replica diverged: {', '.join(missing)}"]
+            if missing
+            else subtitle,
             anchor="start",
         ),
         description=f"{CHARTS['difference']}. "
@@ -304,11 +316,19 @@ def _arm_color(palette: Mapping[str, str], *, legend: bool = True) -> alt.Color:
     )
 
 
-def _shapes(palette: Mapping[str, str]) -> alt.Scale:
+def arm_shape(arms: Iterable[str], shown: Container[str] | None = None) -> alt.Shape:
+    """Return the shapes of arms' points, which tell them apart where colours do not.
+
+    Args:
+        arms: Of the study.
+        shown: Those of them that the chart has; all for None.
+    """
     import altair as alt
 
-    shapes = [_SHAPES[i % len(_SHAPES)] for i in range(len(palette))]
-    return alt.Scale(domain=list(palette), range=shapes)
+    shapes = dict(zip(arms, cycle(_SHAPES), strict=False))
+    kept = {arm: shape for arm, shape in shapes.items() if shown is None or arm in shown}
+    scale = alt.Scale(domain=list(kept), range=list(kept.values()))
+    return alt.Shape("arm:N", scale=scale, legend=_legend())
 
 
 def _legend() -> alt.Legend:

@@ -182,7 +182,8 @@ def _section(first: Finding, group: list[Finding]) -> str:
         f'<section class="{escape(first.weight)}"><h3>{escape(first.weight)}: '
         f"{escape(first.signal)}</h3><p>{escape(first.why)}.</p>"
         + wide(f"<table>{head}<tbody>{rows}</tbody></table>", first.signal)
-        + f'<pre tabindex="0" aria-label="What to do">{escape(_fixes(group))}</pre>'
+        + f'<pre tabindex="0" role="group" aria-label="What to do">'
+        f"{escape(_fixes(group))}</pre>"
         f'<p class="description">{escape(first.source)}</p></section>'
     )
 

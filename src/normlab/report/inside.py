@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from normlab.report.charts import colors
+from normlab.report.charts import arm_shape, colors
 from normlab.statistics import mean_interval
 from normlab.study import Comparison
 from normlab.training import Replica
@@ -208,10 +208,13 @@ def _draw(
     """Draw lines with bands over epochs, a panel for each layer."""
     import altair as alt
 
-    palette = colors(comparison)
+    shown = set(data["arm"])  # An arm without a norm has no γ.
+    palette = {arm: color for arm, color in colors(comparison).items() if arm in shown}
+    of_line = data.groupby(["arm", "layer", "line"])["step"]
     data = data.assign(
         layer=data["layer"].replace("", "the whole network"),
         epochs=data["step"] / max(comparison.steps_per_epoch, 1),
+        ends=data["step"] == of_line.transform("max"),
     )
     several = data["line"].nunique() > 1
     more: dict[str, Any] = {"detail": "line:N"} if several else {}
@@ -229,8 +232,7 @@ def _draw(
         more = {"strokeDash": alt.StrokeDash("line:N", scale=dash, legend=None)}
     kind: dict[str, Any] = {"type": "log"} if scale == "log" else {"zero": scale == "share"}
     axis = alt.Axis(format="%") if scale == "share" else alt.Axis()
-    # A line of one point would not be seen.
-    line = base.mark_line(point=data["step"].nunique() == 1).encode(
+    line = base.mark_line().encode(
         y=alt.Y("mean:Q", title=y, scale=alt.Scale(**kind), axis=axis),
         tooltip=[
             *("arm:N", "layer:N", *(["line:N"] if several else [])),
@@ -240,9 +242,15 @@ def _draw(
         ],
         **more,
     )
+    # The shape tells arms apart without colours, and a line of one point is seen by it.
+    end = (
+        line.transform_filter("datum.ends")
+        .mark_point(filled=True, size=30, opacity=1)
+        .encode(shape=arm_shape(comparison.study.arms, shown))
+    )
     band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
     return (
-        alt.layer(band, line)
+        alt.layer(band, line, end)
         .properties(width=200, height=150)
         .facet(facet=alt.Facet("layer:N", title=None, sort=_in_order(comparison, data)), columns=3)
         .properties(title=alt.TitleParams(title, subtitle=subtitle, anchor="start"))

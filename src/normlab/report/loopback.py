@@ -18,8 +18,8 @@ _HOST = "127.0.0.1"
 _PATIENCE = 10.0  # Seconds for a client to send its request, and as many to take the answer.
 _HEADERS = {
     "Cache-Control": "no-store",
-    # The page is whole by itself. Vega makes functions of its expressions, and so needs eval.
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
+    # The page is whole by itself.
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

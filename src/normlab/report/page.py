@@ -111,7 +111,8 @@ def _page(comparison: Comparison, sections: Mapping[str, Mapping[str, Drawing]])
         section("How this was measured", *_measured(comparison)),
         section(
             "The study",
-            f'<pre tabindex="0" aria-label="The study as TOML">{escape(study.to_toml())}</pre>',
+            '<pre tabindex="0" role="group" aria-label="The study as TOML">'
+            f"{escape(study.to_toml())}</pre>",
         ),
         section("Raw data", downloads()),
     ]
@@ -126,7 +127,8 @@ _HOW_TO_READ = """\
 <p class="gloss">Each seed is one pair of replicas with the same first weights and the same order
 of the data. Means and standard deviations are over seeds; differences are paired, seed by seed,
 with their t interval, drawn as a bar with the mean as a dot; the upright line is no difference, and
-the shade differences that the study declared not to matter. p is the t test's (the sign test's
+the shade differences that the study declared not to matter. <em>Failed</em> are replicas that
+diverged, or never got to the target; they are not in the mean. p is the t test's (the sign test's
 where a replica failed), adjusted for all arms by Holm's method. <em>Equivalent</em> means inside
 the margin that the study declared; <em>inconclusive</em> means that these runs cannot tell. Each
 metric is judged by itself; the first is the answer.</p>"""
@@ -270,7 +272,7 @@ def _measured(comparison: Comparison) -> list[str]:
     """Return the tables that say how the numbers came about."""
     rows = [
         ("Seeds", ", ".join(map(str, comparison.study.seeds))),
-        ("Replicas", str(len(comparison.study.replicas))),
+        ("Replicas", f"{len(comparison.study.replicas):,}"),
         ("Time spent measuring", duration(comparison.seconds)),
         ("Evaluated", _evaluated(comparison)),
     ]

@@ -122,7 +122,8 @@ window.normlab = (() => {
       if (logY) encoding.y = {...encoding.y, scale: {type: "log", nice: false}};
       return {...layer, encoding, transform: [{filter: "!isValid(datum.seed)"}]};
     });
-    if (want.seeds) layers.push(seedLines(layers[1], metric, several));
+    // Below the means, and the fainter the more there are.
+    if (want.seeds) layers.splice(1, 0, seedLines(layers[1], metric, several, runs));
     return {
       ...spec,
       datasets: {...spec.datasets, curves: shown},
@@ -133,15 +134,17 @@ window.normlab = (() => {
     };
   }
 
-  function seedLines(line, metric, several) {
+  function seedLines(line, metric, several, runs) {
+    const seeds = Math.max(...runs.map(run => new Set(run.courses.map(one => one.seed)).size), 1);
+    const value = Math.min(0.5, Math.max(5 / seeds, 0.1));
     const format = metric === "accuracy" ? ".2%" : ".4f";
     const keys = [...(several ? ["run"] : []), "arm", "lr", "weight_decay", "seed", "status", "step"];
     const encoding = {
       ...line.encoding,
       y: {...line.encoding.y, field: "value"},
       detail: ["run", "seed", "lr", "weight_decay"].map(field => ({field, type: "nominal"})),
-      opacity: {...line.encoding.opacity, condition: {...line.encoding.opacity.condition, value: 0.5},
-                value: 0.08},
+      opacity: {...line.encoding.opacity, condition: {...line.encoding.opacity.condition, value},
+                value: value / 6},
       tooltip: [...keys.map(field => ({field, type: "nominal"})),
                 {field: "value", type: "quantitative", format}],
     };
@@ -167,8 +170,9 @@ window.normlab = (() => {
   // Titles wrap where there is no room for them on one line.
   function wrapped(spec, room) {
     if (typeof spec.title !== "object") return spec;
-    const fold = text => [text].flat().flatMap(line => {
-      const most = Math.floor(room / 6);
+    // A line that ends with a space was broken where a wide page has no more room.
+    const fold = text => [text].flat().join("\n").replaceAll(" \n", " ").split("\n").flatMap(line => {
+      const most = Math.floor((room - 40) / 6);  // Beside the button that saves the chart.
       return line.match(new RegExp(`.{1,${most}}(?:\\s|$)|.{${most}}`, "g")) ?? [line];
     });
     const subtitle = spec.title.subtitle && fold(spec.title.subtitle);
@@ -223,6 +227,14 @@ window.normlab = (() => {
       // Its description stands for all of its parts.
       drawing.querySelector("g").setAttribute("aria-hidden", "true");
       place.querySelector("summary")?.setAttribute("aria-label", "Save this chart");
+      // Vega makes the picture when a mouse goes down, which neither a key nor a finger waits for.
+      for (const link of place.querySelectorAll(".vega-actions a")) {
+        link.addEventListener("click", async event => {
+          event.preventDefault();
+          const kind = link.download.split(".").at(-1);
+          saveAs(link.download, await view.toImageURL(kind, kind === "png" ? 2 : 1));
+        });
+      }
     }
   }
 
@@ -260,12 +272,16 @@ window.normlab = (() => {
       : runs.flatMap(run => rows(run.replicas).map(row => ({run: run.run, ...row})));
     const columns = what === "measurements" ? MEASUREMENTS
       : [...new Set(runs.flatMap(run => Object.keys(run.replicas)))];
+    const text = csv([...several, ...columns], table);
+    saveAs(`${name}-${what}.csv`, URL.createObjectURL(new Blob([text], {type: "text/csv"})));
+  }
+
+  function saveAs(name, address) {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(
-      new Blob([csv([...several, ...columns], table)], {type: "text/csv"}));
-    link.download = `${name}-${what}.csv`;
+    link.href = address;
+    link.download = name;
     link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    setTimeout(() => URL.revokeObjectURL(address), 10_000);
   }
 
   // The page's contents may be replaced, so the listeners are the document's.

@@ -125,12 +125,15 @@ def _signed(number: float) -> str:
     return f"{number:+.2f}".replace("-", "−")
 
 
-def sensitivity_chart(comparison: Comparison, color: alt.Color, title: str) -> alt.TopLevelMixin:
+def sensitivity_chart(
+    comparison: Comparison, color: alt.Color, shape: alt.Shape, title: str
+) -> alt.TopLevelMixin:
     """Draw accuracy against the learning rate, and below it the range that works for each arm.
 
     Args:
         comparison: What to draw.
         color: Of the arms.
+        shape: Of the arms.
         title: Above it.
     """
     import altair as alt
@@ -147,9 +150,11 @@ def sensitivity_chart(comparison: Comparison, color: alt.Color, title: str) -> a
         "diamond: the rate that most seeds are reported at",
     ]
     sentences = range_sentences(comparison)
-    ranges = [line for one in sentences for line in wrap(one, _LINE)]
+    # The space at the end of a line that goes on tells the page's script so.
+    broken = [wrap(one, _LINE, break_on_hyphens=False) for one in sentences]
+    ranges = [line for lines in broken for line in " \n".join(lines).split("\n")]
     return (
-        alt.vconcat(_accuracies(comparison, color), _bars(comparison, color), spacing=14)
+        alt.vconcat(_accuracies(comparison, color, shape), _bars(comparison, color), spacing=14)
         .resolve_scale(x="shared")
         .properties(
             title=alt.TitleParams(title, subtitle=[*said, *ranges], anchor="start"),
@@ -171,7 +176,7 @@ def _rate(comparison: Comparison, field: str) -> alt.X:
     )
 
 
-def _accuracies(comparison: Comparison, color: alt.Color) -> alt.LayerChart:
+def _accuracies(comparison: Comparison, color: alt.Color, shape: alt.Shape) -> alt.LayerChart:
     import altair as alt
 
     frame, x = comparison.sensitivity(), _rate(comparison, "lr")
@@ -206,11 +211,12 @@ def _accuracies(comparison: Comparison, color: alt.Color) -> alt.LayerChart:
     area = base.mark_area(opacity=0.2, invalid="break-paths-filter-domains").encode(
         y="error_low:Q", y2="error_high:Q"
     )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=35)).encode(tooltip=tooltip)
+    line = base.mark_line()
+    points = base.mark_point(filled=True, size=35, opacity=1).encode(tooltip=tooltip, shape=shape)
     gone = base.transform_filter("datum.diverged > 0")
     cross = gone.mark_point(shape="cross", angle=45, size=160, filled=True, opacity=1)
     count = gone.mark_text(dx=-12, dy=-4, align="right").encode(text="told:N")
-    return alt.layer(area, line, cross.encode(tooltip=tooltip), count).properties(
+    return alt.layer(area, line, points, cross.encode(tooltip=tooltip), count).properties(
         width=_WIDTH, height=260
     )
 

@@ -54,7 +54,11 @@ def evidence_table(comparison: Comparison) -> str:
         ),
         "more seeds": _more_seeds,
     }
-    lines = ["<table>", "<caption>The tests behind the verdicts</caption>", "<thead><tr>"]
+    lines = [
+        '<table class="tests">',
+        "<caption>The tests behind the verdicts</caption>",
+        "<thead><tr>",
+    ]
     lines += [f'<th scope="col">{escape(name)}</th>' for name in ("arm", *columns)]
     lines.append("</tr></thead>")
     for metric, group in groupby(comparison.verdicts, key=lambda one: one.metric.label):

@@ -67,7 +67,7 @@ def sentence(verdict: Verdict) -> str:
         "equivalent": f"{arm} and {baseline} are equivalent on {label}, within {margin}{size}",
         "inconclusive": f"Whether {arm} differs from {baseline} on {label} is inconclusive{size}; "
         f"{_what_it_takes(verdict)}",
-        None: f"{arm} against {baseline} on {label}{size}",
+        None: f"{arm} against {baseline} on {label}{size}{_failures(verdict)}",
     }[verdict.verdict]
     return text + (f"; {verdict.reason}." if verdict.reason else ".")
 
@@ -80,12 +80,22 @@ def headline(comparison: Comparison) -> list[str]:
     first = comparison.metrics[0].name
     sentences = [sentence(one) for one in comparison.verdicts if one.metric.name == first]
     if not sentences:
-        alone = [f"{comparison.study.baseline} ran alone: a second arm would make a comparison."]
+        alone = [_alone(comparison)]
         if comparison.complete:
             return alone
         done, total = len(comparison.replicas()), len(comparison.study.replicas)
         return [*alone, f"{done} of {total} replicas are done."]
     return sentences
+
+
+def _alone(comparison: Comparison) -> str:
+    arm, metric = comparison.study.baseline, comparison.metrics[0]
+    ours = comparison.summary()["arms"][arm][metric.name]
+    seeds = ours["n"] + ours["failed"]
+    size = (
+        f", with {metric.label} {mean_and_sd(metric, ours)} over {seeds} seed{'s' * (seeds != 1)}"
+    )
+    return f"{arm} ran alone{size if seeds else ''}: a second arm would make a comparison."
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -113,6 +123,17 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _failures(verdict: Verdict) -> str:
+    """Return how many replicas failed; nothing if none did."""
+    ours, theirs = verdict.failed
+    if not ours + theirs:
+        return ""
+    return (
+        f"; {ours} of {verdict.n} replicas of {verdict.arm} and {theirs} of {verdict.baseline} "
+        f"{verdict.metric.failure}"
+    )
 
 
 def _what_it_takes(verdict: Verdict) -> str:
