@@ -56,6 +56,13 @@ def test_a_batch_norm_keeps_its_options_and_every_norm_its_weights():
     assert exchanged[1].eps == 1e-5  # Group norm's own.
 
 
+def test_what_was_exchanged_is_not_remembered():
+    exchanged = model()
+    exchange_norms(exchanged, "group:2", EXAMPLE)
+    _, report = normlab.convert(exchanged, "batch")
+    assert set(report.skipped) == {"1", "5"}  # They never were batch norms, as far as is known.
+
+
 def test_an_affineless_batch_norm_stays_so():
     exchanged = nn.Sequential(nn.BatchNorm2d(3, affine=False, track_running_stats=False))
     exchange_norms(exchanged, "batch", EXAMPLE)

@@ -721,6 +721,31 @@ def test_types_follow_on_the_way_back():
     assert back[0].bias.dtype == torch.bfloat16
 
 
+def test_what_comes_back_follows_the_layer_and_is_as_frozen():
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].bias.requires_grad_(False)
+    there, _ = convert(model, "rms")
+    back, _ = convert(there.double(), "torch-batch")
+    assert isinstance(back[0].bias, nn.Parameter)
+    assert not back[0].bias.requires_grad
+    away, _ = convert(there.to("meta"), "torch-batch")
+    assert all(value.is_meta for value in away.state_dict().values())
+    x = torch.rand(2, 4, 3, 3)
+    fit, _ = convert(model, "group:2", calibrate=[x])  # It has no tensor that was the model's.
+    back, _ = convert(fit.double(), "torch-batch")
+    assert back[0].weight.dtype == back[0].running_mean.dtype == torch.float64
+
+
+def test_what_was_taken_away_in_between_stays_away():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].note = "mine"
+    there, _ = convert(model, "group:2")
+    del there[0].note, there[0].bias
+    back, _ = convert(there, "torch-batch")
+    assert not hasattr(back[0], "note")
+    assert back[0].bias is None
+
+
 def test_the_report_reads_well():
     model = network()
     _, report = convert(convert(model)[0], "none", example=X)

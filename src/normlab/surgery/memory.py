@@ -31,7 +31,7 @@ class Memory(NamedTuple):
         kinds: The names by which one asks for what it was.
         attributes: What it had, without what the present layer has in its place.
         living: The names of what the present layer has, which are as they are there.
-        dtype: Of what lives, to see whether the layer was cast since.
+        dtype: Of its tensors, to see whether the layer was cast since.
     """
 
     cls: type[nn.Module]
@@ -68,7 +68,6 @@ def become(
     """
     before, living = vars(layer), {*living} - {_ATTRIBUTE, *_OF_A_CLASS}
     after = vars(new) | {name: before[name] for name in _COMMON}
-    after.pop(_ATTRIBUTE, None)
     tensors = [each for kind in _TENSORS for each in before[kind].values()]
     # A lazy layer turns into another by itself, and would not be what it was.
     if kinds and not any(map(is_lazy, tensors)):
@@ -81,9 +80,9 @@ def become(
             attributes[kind] = {
                 name: None if name in living else value for name, value in before[kind].items()
             }
-        dtype = _dtype(layer, living)
-        memory = Memory(type(layer), frozenset(kinds), attributes, frozenset(living), dtype)
-        after[_ATTRIBUTE] = memory
+        after[_ATTRIBUTE] = Memory(
+            type(layer), frozenset(kinds), attributes, frozenset(living), _dtype(layer)
+        )
     _set(layer, type(new), after)
 
 
@@ -110,7 +109,7 @@ def undo(layer: nn.Module) -> list[str]:
     now = vars(layer)
     after = memory.attributes | {name: now[name] for name in _COMMON}
     after |= {name: now[name] for name in memory.living if name in now}
-    dtype, returned = _dtype(layer, memory.living), []
+    dtype, returned = _dtype(layer), []
     for kind in _TENSORS:
         after[kind] = dict(after[kind])
         for name, value in after[kind].items():
@@ -128,11 +127,10 @@ def _set(layer: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> 
     object.__setattr__(layer, "__dict__", attributes)
 
 
-def _dtype(layer: nn.Module, living: Collection[str]) -> torch.dtype | None:
-    for name, value in (*layer._parameters.items(), *layer._buffers.items()):
-        if name in living and value is not None and value.is_floating_point():
-            return value.dtype
-    return None
+def _dtype(layer: nn.Module) -> torch.dtype | None:
+    """Return the type of what a layer holds, parameters first; None of an identity."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    return next((each.dtype for each in tensors if each.is_floating_point()), None)
 
 
 def _cast(
