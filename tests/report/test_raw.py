@@ -57,6 +57,12 @@ def test_a_course_knows_whether_it_is_reported_and_how_long_a_step_took(compared
     # Those that run have the pace of those that ended: 3 seconds, 400 steps.
     assert {one["status"] for one in courses} == {"done", "running"}
     assert {one["pace"] for one in courses} == {3 / 400}
+    for row in comparison._replicas:
+        row["seconds"] = 4.0 * (1 + row["seed"])
+    again = raw(comparison, name="a", room=10**7)["courses"]
+    # Its own, or the mean of its arm.
+    for one in again:
+        assert one["pace"] == pytest.approx([0.01, 0.02, 0.015][one["seed"]])
 
 
 def test_what_does_not_fit_is_left_out_and_counted(compared):

@@ -6,6 +6,7 @@ import pytest
 
 from normlab.errors import InputError, NormlabError
 from normlab.report import headline, runs_html, write_runs
+from normlab.report.raw import raw
 from normlab.study import Comparison
 
 HOSTILE = "<b>&amp;"
@@ -95,6 +96,17 @@ def test_runs_of_one_study_are_told_apart_by_their_folders(make_run, tmp_path):
         shutil.copytree(folder, tmp_path / name)
     page = runs_html([Comparison(tmp_path / name) for name in ("a", "b")])
     assert '<p class="description">made-up (a); made-up (b)</p>' in page
+    assert "The studies declare the same." in page
+
+
+def test_runs_share_the_room_and_studies_do_not_differ_by_their_descriptions(compared, monkeypatch):
+    pair = [compared(seeds=2, epochs=1, description=one) for one in ("one", "two")]
+    whole = len(json.dumps(raw(pair[0], name="a", room=10**7)))
+    for room, left in ((4 * whole, 0), (whole, 4)):
+        monkeypatch.setattr("normlab.report.runs.room", lambda *_, room=room: room)
+        page = runs_html(pair)
+        (text,) = re.findall(r'id="data">(.*?)</script>', page)
+        assert [run["left_out"] for run in json.loads(text)["runs"]] == [left, left]
     assert "The studies declare the same." in page
 
 
