@@ -125,7 +125,7 @@ def test_without_json_there_is_a_table_and_the_reports_path(run, capsys):
     assert call("report", str(run)) == 0
     out = capsys.readouterr().out
     assert "batch against plain on final test accuracy" in out
-    assert "no verdict from 2 seeds: 5 are needed" in " ".join(out.split())
+    assert "no verdict from 2 seeds: at least 5 are needed" in " ".join(out.split())
     assert f"Report: {run / 'report.html'}" in out
 
 

@@ -99,14 +99,14 @@ SENTENCES = [
         "sign test decides and there is no mean difference.",
     ),
     (
-        verdict(None, n=1, interval=None, reason="no verdict from 1 seed: 5 are needed"),
+        verdict(None, n=1, interval=None, reason="no verdict from 1 seed: at least 5 are needed"),
         "batch against plain on final test accuracy: +1.82 points; "
-        "no verdict from 1 seed: 5 are needed.",
+        "no verdict from 1 seed: at least 5 are needed.",
     ),
     (
-        verdict(None, n=4, reason="no verdict from 4 seeds: 5 are needed"),
+        verdict(None, n=4, reason="no verdict from 4 seeds: at least 5 are needed"),
         "batch against plain on final test accuracy: +1.82 points "
-        "(95% interval +1.50 to +2.15; 4 seeds); no verdict from 4 seeds: 5 are needed.",
+        "(95% interval +1.50 to +2.15; 4 seeds); no verdict from 4 seeds: at least 5 are needed.",
     ),
     (
         verdict(None, n=0, difference=None, interval=None, reason="no verdict before the study"),

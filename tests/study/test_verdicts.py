@@ -68,7 +68,7 @@ def test_fewer_than_five_seeds_get_no_verdict(n):
     one = verdict(ACCURACY, np.linspace(0.90, 0.91, n), np.linspace(0.98, 0.99, n))
     assert one.verdict is None
     assert one.seeds_needed == 5 - n
-    assert "5 are needed" in one.reason
+    assert "at least 5 are needed" in one.reason
 
 
 def test_identical_arms_are_equivalent():
