@@ -213,7 +213,8 @@ def _decide(one: Verdict, minimum_seeds: int, family: int) -> Verdict:
     if one.n < minimum_seeds:
         return replace(
             one,
-            reason=f"no verdict from {one.n} seed{'s' * (one.n != 1)}: at least {minimum_seeds} are needed",
+            reason=f"no verdict from {one.n} seed{'s' * (one.n != 1)}: "
+            f"at least {minimum_seeds} are needed",
             seeds_needed=minimum_seeds - one.n,
         )
     reasons = []
