@@ -148,6 +148,8 @@ def _modules(
         for key in ("running_mean", "running_var", "weight", "bias")
     }
     layer, read = None, list(filter(None, names.values()))
+    if len(set(read)) < len(read):
+        raise _RefusedError("it reads one tensor twice")
     if source.op == "call_module":
         found: Any = owner.get_submodule(str(source.target))
         if not isinstance(found, (_ConvNd, nn.Linear)):
