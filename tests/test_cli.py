@@ -204,7 +204,8 @@ def test_the_default_folder_is_named_by_study_and_digest(tmp_path, monkeypatch, 
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("mnist-mlp-adam-")
     assert [one.seed for one in Comparison(folder).study.replicas] == [0, 1, 2, 3]
-    assert "a second arm would make a comparison" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 seeds: a second arm would make a comparison" in out
 
 
 def test_options_and_a_file_make_the_study(tmp_path):
