@@ -159,5 +159,6 @@ CLAIM = Claim(
     effects=_effects,
     chart=_chart,
     disagreement="Units can be dead before the first step: of torch's own first weights, which "
-    "these networks begin with, the figure shows how many.",
+    "these networks begin with, the figure shows how many. The third part was declared after a "
+    "quick run and before the full one: the first two had not asked whether the rate is the cause.",
 )
