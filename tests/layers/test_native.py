@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from normlab import kernels
 from normlab.kernels import build
 from normlab.layers import BatchNorm1d, BatchNorm2d, batch_norm, fused, native
 from normlab.layers.functional import activate, moments, normalize
@@ -157,6 +158,72 @@ def run(layer, x, grad, residual=None):
     return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
+def other_instruction_sets():
+    """Those that this processor has, but for the one that it uses."""
+    known = list(build.instruction_sets())
+    return known[: known.index(kernels._instruction_set())] if native.BUILT else []
+
+
+@pytest.mark.parametrize("name", other_instruction_sets())
+@pytest.mark.parametrize("dtype", sorted(UNIT, key=str))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_every_instruction_set_computes_the_same(layout, activation, dtype, name, monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    cases = []
+    for shape in [(9, 5, 23, 25), (40, 3, 6, 7), (130, 70, 5, 2)]:
+        drawn = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+        cases.append([LAYOUTS[layout](each) for each in drawn])
+
+    def outcomes():
+        native._kernels.cache_clear()
+        found = []
+        for x, grad, residual in cases:
+            layer = BatchNorm2d(x.shape[1], activation=activation, dtype=dtype)
+            added = residual if activation in (None, "relu") else None
+            for each in (None, added):
+                found += [*run(layer, x, grad, each), *(b.clone() for b in layer.buffers())]
+        return found
+
+    mine = outcomes()
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "_instruction_set", lambda: name)
+        other = outcomes()
+    native._kernels.cache_clear()
+    for a, b in zip(mine, other, strict=True):
+        assert_close(a, b, rtol=0, atol=64 * UNIT[dtype] * max(1.0, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(9, 11), (2, 3)])
+def test_replicas_are_normalized_as_each_is_alone(size, layout, training):
+    replicas, samples, channels = 3, 4, 5
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(replicas * samples, channels, *size, generator=generator)
+    grad = torch.randn(x.shape, generator=generator)
+    weight, bias, mean, var = torch.rand(4, replicas * channels, generator=generator) + 0.1
+
+    def passes(x, grad, weight, bias, mean, var, count):
+        options = (1e-5, "relu", 0.01, training, count)
+        running = (mean, var) if not training else (None, None)
+        y, statistics = native.forward(x, None, weight, bias, *running, *options)
+        wanted = [True, True]
+        by_x, _, *rest = native.backward(grad, x, None, weight, bias, statistics, *options, wanted)
+        return y, by_x, *rest
+
+    x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
+    together = passes(x, grad, weight, bias, mean, var, replicas)
+    parts = zip(
+        *(each.split(samples) for each in (x, grad)),
+        *(each.split(channels) for each in (weight, bias, mean, var)),
+        strict=True,
+    )
+    alone = [passes(*part, 1) for part in parts]
+    for mine, each in zip(together, zip(*alone, strict=True), strict=True):
+        assert_close(mine, torch.cat(each), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 # float64 shows in which order the sums were taken; float32 mostly rounds it away.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -232,12 +299,13 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(size, layout):
     assert (stock - exact).abs().max() > 1e-3  # torch multiplies before it takes the mean away.
 
 
+@pytest.mark.parametrize("outliers", [1, 64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("size", [(14, 14), (3, 3)])
-def test_outliers_where_the_shift_is_guessed_cost_no_digits(size, layout):
+def test_outliers_where_the_shift_is_guessed_cost_no_digits(size, layout, outliers):
     x = torch.randn(64, 4, *size, generator=torch.Generator().manual_seed(3))
-    x[:, :, 0, 0] = 1e6  # Every guess is made of values like this one, or near.
-    x[1:, :, 0, 0] = 0
+    x[:, :, 0, 0] = 0  # Every guess is made of values like this one, or near.
+    x[:outliers, :, 0, 0] = 1e6
     x = LAYOUTS[layout](x)
     _, batch = fused.normalize_by_batch(x, None, None, 1e-5)
     right = moments(x.double())

@@ -31,4 +31,5 @@ def _library() -> Any:
 
 
 def _instruction_set() -> str:
-    return "v3" if _library().normlab_runs_v3_base() else "base"
+    level = _library().normlab_level_base()
+    return f"v{level}" if level else "base"
