@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 
@@ -15,6 +16,23 @@ def test_peers_take_turns_and_get_the_median_of_their_rounds():
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert runs[-18:] == ["a", "b"] * 9  # Both in every round, and not one after the other.
     assert all(t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_peers_are_called_equally_often_and_slow_ones_once_a_round():
+    counts = dict.fromkeys(("short", "long"), 0)
+
+    def peer(name, seconds):
+        def call():
+            counts[name] += 1
+            time.sleep(seconds)
+
+        return call
+
+    take_turns({"short": peer("short", 0), "long": peer("long", 0.002)}, seconds=0.0, least=7)
+    assert counts["short"] == counts["long"] > 3 + 7
+    counts = dict.fromkeys(counts, 0)
+    take_turns({"short": peer("short", 0), "long": peer("long", 0.11)}, seconds=0.0, least=7)
+    assert counts == {"short": 3 + 7, "long": 3 + 7}
 
 
 def test_a_slower_peer_is_measured_as_slower():

@@ -189,6 +189,7 @@ def test_every_instruction_set_computes_the_same(layout, activation, dtype, name
     with monkeypatch.context() as patched:
         patched.setattr(kernels, "_instruction_set", lambda: name)
         other = outcomes()
+        assert all(each.__name__.endswith(f"_{name}") for each in native._kernels())
     native._kernels.cache_clear()
     for a, b in zip(mine, other, strict=True):
         assert_close(a, b, rtol=0, atol=64 * UNIT[dtype] * max(1.0, float(a.abs().max())))
@@ -306,7 +307,18 @@ def test_outliers_where_the_shift_is_guessed_cost_no_digits(size, layout, outlie
     x = torch.randn(64, 4, *size, generator=torch.Generator().manual_seed(3))
     x[:, :, 0, 0] = 0  # Every guess is made of values like this one, or near.
     x[:outliers, :, 0, 0] = 1e6
-    x = LAYOUTS[layout](x)
+    check_statistics(LAYOUTS[layout](x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(14, 14), (3, 3)])
+def test_samples_far_from_the_others_cost_no_digits(size, layout):
+    x = torch.randn(64, 4, *size, generator=torch.Generator().manual_seed(3))
+    x[::8] += 1e4  # Where rows are short, guesses are made of these samples alone.
+    check_statistics(LAYOUTS[layout](x))
+
+
+def check_statistics(x):
     _, batch = fused.normalize_by_batch(x, None, None, 1e-5)
     right = moments(x.double())
     assert_close(batch.mean, right.mean, rtol=2e-6, atol=0)

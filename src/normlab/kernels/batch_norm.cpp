@@ -37,7 +37,7 @@ constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kVectorBytes = 16;
 #endif
 constexpr int64_t kTile = 512;         // Values of a run that are taken at a time.
-constexpr int64_t kHeld = 4096;        // Values that are summed in the arithmetic type.
+constexpr int64_t kHeld = 1024;        // Values that are summed in the arithmetic type.
 constexpr int64_t kChannels = 64;      // Channels whose sums are finished together.
 constexpr int64_t kAhead = 4096;       // Bytes ahead of what is read that rows are fetched at.
 constexpr int64_t kRun = 1 << 12;     // Values that lie together when a task reads them.
@@ -336,7 +336,7 @@ inline int64_t planar_start(const Shape& s, int64_t channel) {
   return (channel / s.C * s.N * s.C + channel % s.C) * s.S;
 }
 
-// Add a run to the sums of its channel, and ask for the one that is read after it.
+// Add a run to the sums of its channel, and ask for the channel's next one.
 template <class T>
 NORMLAB_NOINLINE void sum_run(const T* __restrict x, const T* next, int64_t n, arithmetic<T> shift,
                               Growing<arithmetic<T>>& sums) {
@@ -441,7 +441,7 @@ inline int64_t planar_block(const Shape& s) {
 // for every thread, a thread takes a block of channels through all three while it is in the cache,
 // and comes back over it in reverse, from what it saw last. Otherwise threads share out the chunks.
 // Where nothing is summed they go through memory as it lies. `sum(c, n, next, sums)` also asks for
-// the sample that is read next.
+// the next sample.
 template <class A, class Sum, class Finish, class Apply>
 void walk_planar(const Shape& s, bool summing, Sum sum, Finish finish, Apply apply) {
   const int64_t channels = s.channels(), chunks = planar_chunks(s), block = planar_block(s);
@@ -672,17 +672,21 @@ void forward_rows(const Forward<T, Act>& p) {
   auto at = [&](int64_t r, int64_t row) { return (r * rows.count + row) * rows.columns; };
   // The mean of some rows, spread over the batch, is a good first guess. Of 64 values it is hardly ever
   // a standard deviation off; of eight, once in two hundred channels.
-  auto guess = [&](int64_t r, int64_t c) {
-    const int64_t samples = std::min<int64_t>(rows.count, std::max<int64_t>(8, 64 / rows.span));
-    double total = 0;
-    for (int64_t k = 0; k < samples; ++k)
-      for (int64_t i = 0; i < rows.span; ++i)
-        total += widen(p.x[at(r, rows.count * k / samples) + c * rows.span + i]);
-    const A mean = static_cast<A>(total / static_cast<double>(samples * rows.span));
-    return std::isfinite(mean) ? mean : A(0);
-  };
-  for (int64_t i = 0; p.training && i < s.channels(); ++i)
-    columns[i / s.C].set(rows, i % s.C, {guess(i / s.C, i % s.C), 1, 1, 0});
+  const int64_t samples = std::min<int64_t>(rows.count, std::max<int64_t>(8, 64 / rows.span));
+  std::vector<double> totals(p.training ? rows.columns : 0);
+  for (int64_t r = 0; p.training && r < s.R; ++r) {
+    std::fill(totals.begin(), totals.end(), 0);
+    for (int64_t k = 0; k < samples; ++k) {
+      const T* x = p.x + at(r, rows.count * k / samples);
+      for (int64_t i = 0; i < rows.columns; ++i) totals[i] += widen(x[i]);
+    }
+    for (int64_t c = 0; c < s.C; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < rows.span; ++i) total += totals[c * rows.span + i];
+      const A mean = static_cast<A>(total / static_cast<double>(samples * rows.span));
+      columns[r].set(rows, c, {std::isfinite(mean) ? mean : A(0), 1, 1, 0});
+    }
+  }
   walk_rows<A>(
       s, rows, p.training,
       [&](auto together, int64_t r, int64_t row, int64_t width, A* __restrict first,
