@@ -1,10 +1,9 @@
 import json
 import math
-import time
 
 import pytest
 
-from normlab.bench import layers
+from normlab.bench import layers, timing
 from normlab.bench.timing import take_turns
 
 
@@ -18,21 +17,19 @@ def test_peers_take_turns_and_get_the_median_of_their_rounds():
     assert all(t.low <= t.median <= t.high for t in timings.values())
 
 
-def test_peers_are_called_equally_often_and_slow_ones_once_a_round():
-    counts = dict.fromkeys(("short", "long"), 0)
+@pytest.mark.parametrize(("slow", "calls"), [(2e-3, 50), (0.02, 5), (0.3, 1)])
+def test_peers_are_called_equally_often_and_slow_ones_once_a_round(slow, calls, monkeypatch):
+    counts = {1e-6: 0, slow: 0}
 
-    def peer(name, seconds):
-        def call():
-            counts[name] += 1
-            time.sleep(seconds)
+    def timed(call, times):
+        seconds = call()
+        counts[seconds] += times
+        return seconds
 
-        return call
-
-    take_turns({"short": peer("short", 0), "long": peer("long", 0.002)}, seconds=0.0, least=7)
-    assert counts["short"] == counts["long"] > 3 + 7
-    counts = dict.fromkeys(counts, 0)
-    take_turns({"short": peer("short", 0), "long": peer("long", 0.11)}, seconds=0.0, least=7)
-    assert counts == {"short": 3 + 7, "long": 3 + 7}
+    monkeypatch.setattr(timing, "_seconds", timed)
+    peers = {"short": lambda: 1e-6, "long": lambda: slow}
+    take_turns(peers, seconds=0.0, least=7)
+    assert counts == dict.fromkeys(counts, 1 + 7 * calls)  # The first is to see how long it takes.
 
 
 def test_a_slower_peer_is_measured_as_slower():

@@ -11,14 +11,6 @@ def job(seed, factor):
     return [Row("arm", "threads", torch.get_num_threads(), float(seed * factor))]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_seed_is_done_once_on_one_thread(workers):

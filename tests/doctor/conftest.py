@@ -48,6 +48,15 @@ def weight_of(signal, seen):
     return found[0] if found else None
 
 
+def labelled(count, size):
+    """Batches of six numbers a sample, of three classes."""
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 6, generator=g), torch.randint(3, (size,), generator=g))
+        for _ in range(count)
+    ]
+
+
 def train(seed, arm="batch", activation="relu", images=6000, size=100):
     """LeNet after one pass over some of MNIST, with a learning rate that falls to nothing."""
     dataset = load("mnist")

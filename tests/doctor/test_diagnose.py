@@ -14,6 +14,8 @@ from normlab import diagnose
 from normlab.doctor import SIGNALS
 from normlab.errors import InputError
 
+from .conftest import labelled
+
 
 def network():
     torch.manual_seed(0)
@@ -25,11 +27,7 @@ def network():
 
 
 def data(count=4, size=64):
-    g = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 6, generator=g), torch.randint(3, (size,), generator=g))
-        for _ in range(count)
-    ]
+    return labelled(count, size)
 
 
 def everything(model):

@@ -14,6 +14,8 @@ from normlab import diagnose
 from normlab.doctor.observe import Observer
 from normlab.errors import InputError
 
+from .conftest import labelled, moments, observed
+
 
 class Net(nn.Module):
     """Notes how each pass is run; raises at one of them."""
@@ -36,11 +38,7 @@ class Net(nn.Module):
 
 
 def data(count=2, size=8):
-    g = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 6, generator=g), torch.randint(3, (size,), generator=g))
-        for _ in range(count)
-    ]
+    return labelled(count, size)
 
 
 def state(model):
@@ -55,6 +53,7 @@ def state(model):
         hooks,
         torch.get_rng_state().tolist(),
         random.getstate(),
+        # The legacy generator is the global one, which users draw from.
         np.random.get_state()[1].tolist(),  # noqa: NPY002
     )
 
@@ -374,8 +373,6 @@ def test_a_batch_that_no_one_knows_is_told_as_it_is():
 
 
 def layer_of(rows, module=None):
-    from .conftest import moments, observed
-
     return observed(*[moments(*each) for each in rows], module=module).layers["norm"]
 
 

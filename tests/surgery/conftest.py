@@ -1,4 +1,4 @@
-"""What tests of folding share."""
+"""What tests of folding and of conversion share."""
 
 import pickle
 

@@ -42,14 +42,6 @@ def run_replicas(recipe, replicas, workers=1, **options):
     return engine.run_replicas(recipe, replicas, workers, **{"chosen": chosen, **options})
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def told(events):
     """Each replica's events in their order, without the time that they took."""
     by_replica = defaultdict(list)
