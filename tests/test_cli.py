@@ -249,6 +249,7 @@ def test_options_and_a_file_make_the_study(tmp_path):
         (["--seeds", "ten"], "expected a number of seeds or a list of them, got 'ten'"),
         (["--workers", "0"], "workers=0: at least 1 is needed"),
         (["--workers", "two"], "--workers two: expected a whole number above 0"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used ("),
         (["--validation", "60000"], "0 to 59999 can be held out"),
     ],
 )

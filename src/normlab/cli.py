@@ -50,15 +50,23 @@ class _Compare:
         ),
     ] = None
     workers: Annotated[
-        str,
-        tyro.conf.arg(help="Processes to train in; the numbers do not depend on it.", metavar="N"),
-    ] = str(torch.get_num_threads())
+        str | None,
+        tyro.conf.arg(
+            help="Processes to train in; the numbers do not depend on it.",
+            metavar="N",
+            help_behavior_hint=f"({torch.get_num_threads()}, or 1 on a GPU)",
+        ),
+    ] = None
     engine: Annotated[
         str,
         tyro.conf.arg(
             help="auto times looped and stacked on each arm, and remembers.", metavar="ENGINE"
         ),
     ] = "auto"
+    device: Annotated[
+        str,
+        tyro.conf.arg(help="Where to train: cpu, or cuda where torch has a GPU.", metavar="DEVICE"),
+    ] = "cpu"
     as_published: Annotated[
         tyro.conf.FlagCreatePairsOff[bool],
         tyro.conf.arg(help="As the text that the study is of had it: its splits, its one seed."),
@@ -88,9 +96,12 @@ class _Compare:
             for name, value in given.items()
             if value is not None
         }
-        if not self.workers.isdecimal():
+        if self.workers is None:
+            workers = torch.get_num_threads() if self.device == "cpu" else 1
+        elif self.workers.isdecimal():
+            workers = int(self.workers)
+        else:
             raise InputError(f"--workers {self.workers}: expected a whole number above 0")
-        workers = int(self.workers)
         _print(
             normlab.compare(
                 self.study,
@@ -98,6 +109,7 @@ class _Compare:
                 out=self.out,
                 workers=workers,
                 engine=self.engine,
+                device=self.device,
                 tensorboard=self.tensorboard,
                 mlflow=self.mlflow,
                 watch=self.watch,
@@ -285,6 +297,9 @@ class Bench:
             help_behavior_hint="(2 for layers, 30 for fleet)",
         ),
     ] = None
+    device: Annotated[
+        str, tyro.conf.arg(help="Of fleet: where to train, cpu or cuda.", metavar="DEVICE")
+    ] = "cpu"
     json: Json = False
 
     def run(self) -> None:
@@ -293,12 +308,15 @@ class Bench:
 
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--seconds {self.seconds}: expected a number above 0")
+        if self.what == "layers" and self.device != "cpu":
+            raise InputError(f"--device {self.device} belongs to fleet: layers are timed on a CPU")
         benchmark = (
             bench.bench_layers(seconds=self.seconds or 2.0)
             if self.what == "layers"
             else bench.bench_fleet(
                 seconds=self.seconds or 30.0,
                 fleets=bench.own_fleets(),
+                device=self.device,
                 started=lambda work: print(f"measuring {work.name} …", file=sys.stderr),
             )
         )

@@ -77,6 +77,7 @@ def compare(
     out: str | Path | None = None,
     workers: int = 1,
     engine: str = "auto",
+    device: str = "cpu",
     progress: bool = True,
     as_published: bool = False,
     tensorboard: bool = False,
@@ -97,6 +98,7 @@ def compare(
             must keep its work under `if __name__ == "__main__":`, as for a DataLoader's workers.
         engine: `looped` trains one replica after another, `stacked` several in one operation;
             `auto` times both on each arm's own steps, and remembers.
+        device: Where it is trained, as torch names it; on `cuda` every step is one graph.
         progress: Show progress on standard error.
         as_published: Do as the text that the study is of did: its splits, its one seed.
         tensorboard: Write event files to `tensorboard` in the run's folder, while it trains.
@@ -133,7 +135,9 @@ def compare(
     page = reports.Watch(folder, live) if watch else None
     with page or nullcontext():
         with live or nullcontext(), reports.Logs(folder, logs, page or live) as watcher:
-            studies.run(declared, folder, workers=workers, engine=engine, watcher=watcher)
+            studies.run(
+                declared, folder, workers=workers, engine=engine, device=device, watcher=watcher
+            )
         comparison = Comparison(folder)
         comparison.report()
     return comparison

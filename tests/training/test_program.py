@@ -25,6 +25,19 @@ def run(network, code, batch, precision="bfloat16", width=1):
     return program.make(network, width, "0..1", tensors, code, precision)(tensors)
 
 
+def moved(network, code, width):
+    """What two passes return, one after the other, and the state that they moved."""
+    network.train()
+    images, labels = load("mnist").images[:64], load("mnist").labels[:64]
+    state = [each.detach() for each in (*network.parameters(), *network.buffers())]
+    batch = torch.arange(32)
+    if width > 1:
+        state, batch = [torch.stack([each] * width) for each in state], batch.expand(width, -1)
+    tensors = [images, labels, *(each.clone() for each in state), batch]
+    made = program.make(network, width, "0..1", tensors, code)
+    return [*made(tensors), *made(tensors), *tensors]
+
+
 @pytest.mark.parametrize("code", ["traced", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_in_bfloat16_only_factors_of_products_are_rounded(code):
     torch.manual_seed(0)
@@ -58,6 +71,14 @@ def test_networks_in_bfloat16_are_near_those_in_float32_and_not_the_same(name, s
         # smaller than the terms of its sum.
         assert (a - b).norm() < share * b.norm() + 1e-3
     assert [each.stride() for each in rough] == [each.stride() for each in exact]
+
+
+@pytest.mark.parametrize("width", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_is_compiled_for_a_graph_does_what_the_trace_does(width, monkeypatch):
+    monkeypatch.setattr(program, "_compiled", program._compiled_here)
+    network = build_network("mlp:16", "torch-batch", 0, image_shape=(1, 28, 28), classes=10)
+    found, expected = (moved(network, code, width) for code in ("compiled", "traced"))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_network_that_is_called_itself_has_float32_alone():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -26,6 +26,7 @@ from normlab.bench import jax_peer, peers
 from normlab.bench.timing import Timing, machine, take_turns, versions
 from normlab.bench.work import EVALUATED, REPLICAS, WORKS, Peer, Work
 from normlab.processes import Workers
+from normlab.training.devices import find_device, name_of
 
 __all__ = ["FleetBenchmark", "Row", "bench_fleet", "makers"]
 
@@ -144,6 +145,7 @@ def bench_fleet(
     works: Sequence[Work] = WORKS,
     fleets: Mapping[str, Callable[[Work], Peer]] | None = None,
     compiled: bool = True,
+    device: str = "cpu",
     started: Callable[[Work], object] | None = None,
 ) -> FleetBenchmark:
     """Measure; takes some minutes.
@@ -156,10 +158,11 @@ def bench_fleet(
         fleets: More peers by name, normlab's own: functions of a module, for they travel to the
             process that measures.
         compiled: Measure `torch.compile` too.
+        device: Where all of it is trained; JAX is measured on a CPU alone.
         started: Called with each work before it is measured.
     """
-    rows = []
-    for work in works:
+    name, rows = name_of(find_device(device)), []
+    for work in [replace(each, device=device) for each in works]:
         if started is not None:
             started(work)
         with Workers(1) as workers:  # A new one each, so that no work inherits another's threads.
@@ -169,7 +172,8 @@ def bench_fleet(
         for peer, (package, _) in _NEEDED.items()
         if peer not in _missing()
     }
-    return FleetBenchmark(rows, versions() | extras, machine())
+    where = machine() if device == "cpu" else f"{name}; {machine()}"
+    return FleetBenchmark(rows, versions() | extras, where)
 
 
 def makers(*, compiled: bool = True) -> dict[str, Callable[[Work], Peer]]:
@@ -203,6 +207,8 @@ def _measure(
     work: Work, seconds: float, fleets: Mapping[str, Callable[[Work], Peer]], compiled: bool
 ) -> Row:
     skipped = _missing()
+    if work.device != "cpu":
+        skipped["jax"] = "it is measured on a CPU alone"
     startup = math.nan if "tutorial" in skipped else peers.startup(work)
     made = {
         name: maker(work)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from normlab.bench.work import EVALUATED, Peer, Work
 from normlab.data import Dataset, Splits
 from normlab.processes import Workers
 from normlab.training import Engine, Fleet, Recipe, Replica
-from normlab.training.choice import STACK, choose
+from normlab.training.choice import choose, stack_size
+from normlab.training.devices import exact_products
 from normlab.training.engine import build_fleet
 
 __all__ = ["SIZES", "own_fleets"]
@@ -32,11 +35,14 @@ def _peer(size: int, work: Work) -> Peer:
 
 
 class _Team:
-    """A fleet shared among as many processes as there are threads, one thread each."""
+    """A fleet shared among as many processes as there are threads, one thread each.
+
+    On another device than the CPU it is one process.
+    """
 
     def __init__(self, work: Work, size: int) -> None:
         self.size, self.steps = size, max(20, _STEPS // size)
-        count = min(size, torch.get_num_threads())
+        count = min(size, torch.get_num_threads()) if work.device == "cpu" else 1
         self.pools = [Workers(1, _start, (work, size, worker, count)) for worker in range(count)]
         self._mean(_advance, 1)  # Tracing and compiling are not in the other peers' times either.
 
@@ -62,8 +68,13 @@ _here: dict[str, Any] = {}
 """What a worker keeps: its fleets, each of as many replicas as a study trains at a time."""
 
 
+_settings = ExitStack()
+"""What a worker leaves as it is until it ends."""
+
+
 def _start(work: Work, size: int, worker: int, count: int) -> None:
     torch.set_num_threads(1)
+    _settings.enter_context(exact_products())
     recipe = Recipe(
         network=work.network,
         activation=work.activation,
@@ -77,7 +88,8 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
     images, labels = work.load()
     indices = torch.arange(len(images))
     parts = {"train": indices, "test": indices[:EVALUATED]}
-    splits = Splits(Dataset("benchmark", images, labels, len(images), classes=10), parts)
+    data = Dataset("benchmark", images, labels, len(images), classes=10)
+    splits = Splits(data, parts).to(work.device)
     passes: dict[Any, Any] = {}
 
     def build(replicas: Sequence[Replica], engine: Engine) -> Fleet:
@@ -85,7 +97,9 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
 
     choice = choose(recipe, splits, work.arm, "auto", size, build)
     replicas = [Replica(work.arm, work.lr, seed) for seed in range(worker, size, count)]
-    units = [replicas[start : start + STACK] for start in range(0, len(replicas), STACK)]
+    stacks = -(-len(replicas) // stack_size(splits.dataset.images.device))
+    cuts = [len(replicas) * stack // stacks for stack in range(stacks + 1)]
+    units = [replicas[start:stop] for start, stop in pairwise(cuts)]
     _here["fleets"] = [build(unit, choice.engine) for unit in units]
 
 

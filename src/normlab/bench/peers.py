@@ -97,7 +97,7 @@ def tutorial(work: Work) -> Peer:
     def train() -> float:
         total = 0.0
         for _ in range(steps):
-            images, labels = next(loader)
+            images, labels = (each.to(work.device) for each in next(loader))
             optimizer.zero_grad()
             loss = criterion(network(images), labels)
             loss.backward()
@@ -110,7 +110,7 @@ def tutorial(work: Work) -> Peer:
         network.eval()
         total = correct = 0.0
         for _ in range(steps):
-            images, labels = next(loader)
+            images, labels = (each.to(work.device) for each in next(loader))
             logits = network(images)
             total += criterion(logits, labels).item()
             correct += (logits.argmax(1) == labels).sum().item()
@@ -132,7 +132,7 @@ def eager(work: Work, *, compiled: bool = False) -> Peer:
     """Train with the data in memory and a fused optimizer, on all threads; evaluate at large."""
     network = work.build(0)
     optimizer = optimizer_of(work)(network.parameters(), lr=work.lr, fused=True)
-    images, labels = work.load()
+    images, labels = (each.to(work.device) for each in work.load())
     batches = work.batches(0)
     steps = min(STEPS, work.steps_per_epoch)
 
@@ -140,10 +140,12 @@ def eager(work: Work, *, compiled: bool = False) -> Peer:
         return F.cross_entropy(network(scale(images[batch], work.scaling)), labels[batch])
 
     if compiled:
-        loss_of = torch.compile(loss_of, fullgraph=True)
+        # Where there are graphs, torch offers to replay them.
+        mode = "default" if work.device == "cpu" else "reduce-overhead"
+        loss_of = torch.compile(loss_of, fullgraph=True, mode=mode)
 
     def train() -> float:
-        total = torch.zeros(())
+        total = torch.zeros((), device=work.device)
         for _ in range(steps):
             optimizer.zero_grad()
             loss = loss_of(next(batches))
@@ -155,8 +157,9 @@ def eager(work: Work, *, compiled: bool = False) -> Peer:
     @torch.no_grad()
     def evaluate() -> float:
         network.eval()
-        total, correct = torch.zeros(()), torch.zeros(())
-        for batch in torch.arange(min(EVALUATED, len(images))).split(_EVALUATION_BATCH):
+        total, correct = torch.zeros(2, device=work.device).unbind()
+        indices = torch.arange(min(EVALUATED, len(images)), device=work.device)
+        for batch in indices.split(_EVALUATION_BATCH):
             logits, y = network(scale(images[batch], work.scaling)), labels[batch]
             total += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()
@@ -184,7 +187,7 @@ def products(work: Work, *, replicas: int = 1) -> Peer:
     """
     operations: list[Callable[[], object]] = []
     steps = min(STEPS, work.steps_per_epoch)
-    x = torch.rand(work.batch_size, *work.image_shape)
+    x = torch.rand(work.batch_size, *work.image_shape, device=work.device)
     with torch.no_grad():
         for _, layer in layers_of(work.build(0)):
             y = layer(x)
@@ -200,6 +203,7 @@ def products(work: Work, *, replicas: int = 1) -> Peer:
             for _ in range(max(1, steps // replicas)):
                 for operation in operations:
                     operation()
+            torch.zeros(1, device=work.device).tolist()  # Which waits until a device is through.
 
     return Peer(train, max(1, steps // replicas) * replicas)
 

@@ -57,6 +57,7 @@ class Work:
         images: How many an epoch has: of a data set its first ones.
         scaling: A key of `normlab.data.SCALINGS`.
         loader_workers: Processes of the tutorials' DataLoader.
+        device: Where it is trained.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Work:
     images: int = 60_000
     scaling: str = "0..1"
     loader_workers: int = 2
+    device: str = "cpu"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,7 +81,7 @@ class Work:
         return self.images // self.batch_size
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """Return images (uint8, (N, C, H, W)) and labels (int64, (N,))."""
+        """Return images (uint8, (N, C, H, W)) and labels (int64, (N,)), on the CPU."""
         if self.dataset == "random":
             generator = stream(0, "random images")
             shape = (self.images, *self.image_shape)
@@ -99,13 +101,13 @@ class Work:
             classes=10,
             activation=self.activation,
             init=self.init,
-        )
+        ).to(self.device)
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """Yield the indices of a seed's batches, epoch after epoch."""
         generator = stream(seed, "order")
         while True:
-            order = torch.randperm(self.images, generator=generator)
+            order = torch.randperm(self.images, generator=generator).to(self.device)
             yield from order.split(self.batch_size)[: self.steps_per_epoch]
 
 

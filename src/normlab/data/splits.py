@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,12 @@ class Splits:
     def size(self, name: str) -> int:
         """Return how many images a split has."""
         return len(self.indices[name])
+
+    def to(self, device: torch.device | str) -> Splits:
+        """Return the same on a device; what is there already is not copied."""
+        data = self.dataset
+        moved = replace(data, images=data.images.to(device), labels=data.labels.to(device))
+        return Splits(moved, {name: each.to(device) for name, each in self.indices.items()})
 
 
 def split(dataset: Dataset, validation: int) -> Splits:

@@ -32,8 +32,10 @@ class Dropout(nn.Dropout):
 
     def draw(self, like: Tensor) -> Tensor:
         """Return the next mask, like a tensor: 0 where a value is dropped, 1/(1−p) elsewhere."""
-        keep = torch.empty_like(like).bernoulli_(1 - self.p, generator=self.generator)
-        return keep.div_(1 - self.p) if self.p < 1 else keep
+        # Where the generator is, so that a seed has the same masks on every device.
+        where = like.device if self.generator is None else self.generator.device
+        keep = torch.empty_like(like, device=where).bernoulli_(1 - self.p, generator=self.generator)
+        return (keep.div_(1 - self.p) if self.p < 1 else keep).to(like.device)
 
 
 def draw_dropout_from(generator: torch.Generator, network: nn.Module) -> None:

@@ -307,9 +307,11 @@ def session_rows(comparison: Comparison) -> list[tuple[str, str]]:
     for session in comparison.sessions:
         versions = json.loads(session["versions"])
         machine = json.loads(session["machine"])
+        device = machine.get("device", "cpu")
         parts = [
             *(f"{name} {version}" for name, version in versions.items()),
             f"{machine['system']}, {machine['processor']}, {machine['threads']} threads",
+            *([] if device == "cpu" else [f"trained on {device}"]),
             f"{session['workers']} worker process{'es' * (session['workers'] != 1)}",
         ]
         rows.append((f"Measured from {session['started']}", "; ".join(parts)))

@@ -203,19 +203,25 @@ class Ledger:
                     f"(SELECT {_REPLICA} FROM replica)"
                 )
 
-    def begin_session(self, workers: int) -> None:
+    def begin_session(self, workers: int, device: str = "cpu") -> None:
         """Note that measuring starts: when, with which versions, on what machine.
 
         Args:
             workers: Processes that train.
+            device: What they train on.
 
         Raises:
             InputError: The study was begun with other versions, or on another kind of machine.
         """
-        versions, machine = _versions(), _machine()
+        versions, machine = _versions(), {**_machine(), "device": device}
         for session in self.rows("session")[-1:]:
-            before = {**json.loads(session["versions"]), **json.loads(session["machine"])}
-            for name in ("normlab", "torch", "system", "processor"):
+            # Before there were devices it was the processor.
+            before = {
+                "device": "cpu",
+                **json.loads(session["versions"]),
+                **json.loads(session["machine"]),
+            }
+            for name in ("normlab", "torch", "system", "processor", "device"):
                 now = {**versions, **machine}[name]
                 if before[name] != now:
                     raise InputError(

@@ -15,6 +15,7 @@ from normlab.study.declaration import Study
 from normlab.study.ledger import Ledger
 from normlab.training import Event, run_replicas
 from normlab.training.choice import check_engine
+from normlab.training.devices import find_device, name_of
 from normlab.training.networks import digest, layers
 
 __all__ = ["Watcher", "run"]
@@ -36,6 +37,7 @@ def run(
     *,
     workers: int = 1,
     engine: str = "auto",
+    device: str = "cpu",
     watcher: Watcher | None = None,
 ) -> None:
     """Train the replicas that are missing in a folder's ledger.
@@ -46,6 +48,7 @@ def run(
         workers: Processes to train in.
         engine: `looped`, `stacked`, or `auto` to time both; an arm that the ledger has an engine of
             goes on with that.
+        device: Where it is trained, as torch names it.
         watcher: Told how things go.
 
     Raises:
@@ -56,6 +59,7 @@ def run(
     if workers < 1:
         raise InputError(f"workers={workers}: at least 1 is needed")
     check_engine(engine)
+    device_name = name_of(find_device(device))
     dataset = load(study.dataset)
     networks = study.check_against(split(dataset, study.validation))
     own = {} if dataset.digest is None else {"dataset": dataset.digest}
@@ -69,7 +73,7 @@ def run(
             watcher.begin(len(finished), len(study.replicas))
         if not missing:
             return
-        ledger.begin_session(min(workers, missing))
+        ledger.begin_session(min(workers, missing), device_name)
         for arm, network in networks.items():
             ledger.describe(arm, layers(network, dataset.image_shape))
         started = time.perf_counter()
@@ -78,6 +82,7 @@ def run(
             study.replicas,
             workers,
             engine=engine,
+            device=device,
             chosen=ledger.choices(),
             finished=finished,
             folder=folder / "checkpoints",

@@ -33,7 +33,8 @@ def _agree(
     images, labels = fleet.splits.dataset.images, fleet.splits.dataset.labels
     train = fleet.splits.indices["train"]
     for step in range(steps):
-        batch = train[torch.arange(step * size, (step + 1) * size) % len(train)]
+        place = torch.arange(step * size, (step + 1) * size, device=train.device)
+        batch = train[place % len(train)]
         mine[-1], its[-1] = batch.expand_as(mine[-1]), batch.expand_as(its[-1])
         *found, _ = run([images, labels, *mine])  # Hits can hang on roundings.
         *expected, _ = other([images, labels, *its])

@@ -20,17 +20,18 @@ from normlab.imports import is_function
 from normlab.kernels import BUILT
 from normlab.networks import parse_arm
 from normlab.training.agreement import agrees_with_the_module
+from normlab.training.devices import name_of
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.recipe import Recipe, Replica
 from normlab.training.steps import OPERATIONS
 
-__all__ = ["ENGINES", "STACK", "Choice", "check_engine", "choose"]
+__all__ = ["ENGINES", "Choice", "check_engine", "choose", "stack_size"]
 
 ENGINES = ("auto", "looped", "stacked")
 _STEPS = 20
 _COMPILATION = 25.0  # Seconds; what it takes differs by a factor of two between machines.
-STACK = 5
-"""Replicas in a stack: its numbers may depend on them, in their last bits, so it is always this."""
+_STACKS = {"cpu": 5}
+_STACK = 32
 
 
 class Choice(NamedTuple):
@@ -50,6 +51,14 @@ class Choice(NamedTuple):
     def cost(self) -> float:
         """Seconds of a replica's step; 0 if it was not timed."""
         return self.seconds.get(str(self.engine), 0.0)
+
+
+def stack_size(device: torch.device) -> int:
+    """Return how many replicas are in a stack; its numbers may depend on it, in their last bits.
+
+    A CPU's caches hold a few replicas. Elsewhere a step of many takes about as long as one of few.
+    """
+    return _STACKS.get(device.type, _STACK)
 
 
 def choose(
@@ -76,18 +85,20 @@ def choose(
         fleet: Replicas of the arm.
         build: Makes a fleet.
     """
+    device = splits.dataset.images.device
+    on_cpu, stack = device.type == "cpu", stack_size(device)
     memory = cache_folder() / "engines" / f"{_digest(recipe, splits, arm, kind, fleet)}.json"
     try:
         recalled = json.loads(memory.read_text("utf-8"))
         choice = Choice(arm, Engine(*recalled["engine"]), recalled["seconds"])
-        if not is_function(recipe.network) or _still_agrees(choice.engine, arm, build):
+        if not is_function(recipe.network) or _still_agrees(choice.engine, arm, stack, build):
             return choice
     except (OSError, ValueError, KeyError, TypeError):
         pass  # Nothing there, or nothing that can be read: it is timed anew.
     seconds: dict[Engine, float] = {}
 
     def time(engine: Engine) -> None:
-        width = min(fleet, STACK) if engine.kind == "stacked" else 1
+        width = min(fleet, stack) if engine.kind == "stacked" else 1
         replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
         try:
             built = build(replicas, engine)
@@ -100,7 +111,7 @@ def choose(
 
     if kind != "stacked":
         # In an arm that is there for torch's own layer, normlab's kernels must not stand in for it.
-        if parse_arm(arm).norm != "torch-batch":
+        if on_cpu and parse_arm(arm).norm != "torch-batch":
             time(Engine("looped", "native"))
         time(Engine("looped", "traced"))
     if kind == "stacked" or (kind == "auto" and fleet > 1):
@@ -112,11 +123,12 @@ def choose(
             recipe.epochs
             * recipe.steps_per_epoch(splits.size("train"))
             * fleet
-            / (os.cpu_count() or 1)
+            / ((os.cpu_count() or 1) if on_cpu else 1)
         )
         if min(seconds.values()) * left / 2 > _COMPILATION:
             # A stack on a CPU gains little more where operations cost nothing to call.
-            time(Engine("stacked" if kind == "stacked" else "looped", "compiled"))
+            better = "looped" if on_cpu else min(seconds, key=seconds.__getitem__).kind
+            time(Engine("stacked" if kind == "stacked" else better, "compiled"))
     best = min(seconds, key=seconds.__getitem__, default=Engine("looped", "eager"))
     choice = Choice(arm, best, {str(engine): took for engine, took in seconds.items()})
     with suppress(OSError):  # Where there is no room to remember, it is timed again.
@@ -126,12 +138,12 @@ def choose(
 
 
 def _still_agrees(
-    engine: Engine, arm: str, build: Callable[[Sequence[Replica], Engine], Fleet]
+    engine: Engine, arm: str, stack: int, build: Callable[[Sequence[Replica], Engine], Fleet]
 ) -> bool:
     """Tell whether a user's network, whose code may be another by now, can still be trained so."""
     if engine.code == "eager":
         return True
-    width = STACK if engine.kind == "stacked" else 1
+    width = stack if engine.kind == "stacked" else 1
     try:
         return agrees_with_the_module(build([Replica(arm, 1e-3, s) for s in range(width)], engine))
     except InputError:
@@ -161,5 +173,6 @@ def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> 
         (arm, kind, fleet),
         (version("normlab"), BUILT, OPERATIONS),
         (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),
+        name_of(splits.dataset.images.device),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -7,7 +7,7 @@ import queue
 import shutil
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from normlab.errors import NormlabError
 from normlab.imports import is_function
 from normlab.networks import parse_arm
 from normlab.processes import SharedTensor, Workers
-from normlab.training.choice import STACK, Choice, choose
+from normlab.training.choice import Choice, choose, stack_size
+from normlab.training.devices import exact_products, find_device
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import build, check_alike
 from normlab.training.recipe import FleetEvent, Outcome, Recipe, Replica
@@ -49,6 +50,7 @@ def run_replicas(
     chosen: Mapping[str, Choice] | None = None,
     finished: frozenset[Replica] = frozenset(),
     folder: Path | None = None,
+    device: str = "cpu",
 ) -> Generator[Event, None, None]:
     """Train replicas and yield every choice, measurement and outcome as it comes.
 
@@ -63,8 +65,10 @@ def run_replicas(
         chosen: What was chosen for arms before.
         finished: Replicas that need no training, of which nothing is yielded.
         folder: Where checkpoints are kept; made if need be, and empty at the end.
+        device: Where it is done, as torch names it.
 
     Raises:
+        InputError: There is no such device.
         NormlabError: A second worker process died, or there is no room for a checkpoint.
     """
     fleets: dict[str, list[Replica]] = {}
@@ -75,13 +79,14 @@ def run_replicas(
     choices = dict(chosen or {})
     arms = dict.fromkeys(replica.arm for replica in missing)
     undecided = [(arm, engine, len(fleets[arm])) for arm in arms if arm not in choices]
-    with _team(recipe, workers) as team:
+    stack = stack_size(find_device(device))
+    with _team(recipe, workers, device) as team:
         for choice in team.run(_choose, undecided):
             choices[choice.arm] = choice
             yield choice
         units = [
             unit
-            for unit in _units(fleets, choices, workers, folder)
+            for unit in _units(fleets, choices, workers, stack, folder)
             if not finished.issuperset(unit.replicas)
         ]
         if folder is not None:
@@ -103,6 +108,7 @@ def _units(
     fleets: Mapping[str, Sequence[Replica]],
     choices: Mapping[str, Choice],
     workers: int,
+    stack: int,
     folder: Path | None,
 ) -> list[Unit]:
     """Cut fleets into units of about equal size; the slowest come first, so that none is left over.
@@ -115,7 +121,7 @@ def _units(
         if arm not in choices:
             continue  # All of it is finished.
         if choices[arm].engine.kind == "stacked":
-            parts = -(-len(fleet) // STACK)
+            parts = -(-len(fleet) // stack)
         else:
             enough = -(-workers // len(fleets))
             parts = max(-(-len(fleet) // _LOOPED_UNIT), min(enough, len(fleet)))
@@ -171,16 +177,17 @@ def _train(bench: _Bench, *unit: Any) -> Iterator[FleetEvent]:
 
 
 @contextmanager
-def _team(recipe: Recipe, workers: int) -> Iterator[_Alone | _Together]:
+def _team(recipe: Recipe, workers: int, device: str) -> Iterator[_Alone | _Together]:
     splits = split(load(recipe.dataset), recipe.validation)
     if workers > 1:
-        with _Together(recipe, splits, workers) as team:
+        with _Together(recipe, splits, workers, device) as team:
             yield team
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield _Alone(_Bench(recipe, splits))
+        with exact_products():
+            yield _Alone(_Bench(recipe, splits.to(device)))
     finally:
         torch.set_num_threads(threads)
 
@@ -200,8 +207,9 @@ class _Alone:
 class _Together:
     """Does jobs in worker processes."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, workers: int) -> None:
+    def __init__(self, recipe: Recipe, splits: Splits, workers: int, device: str) -> None:
         self.recipe, self.dataset, self.workers = recipe, splits.dataset, workers
+        self.device = device
         try:
             self.images = SharedTensor(splits.dataset.images)
         except OSError as error:
@@ -242,7 +250,7 @@ class _Together:
             self.events = multiprocessing.get_context("spawn").Queue()
             rest = {**vars(self.dataset), "labels": self.dataset.labels.numpy()}
             del rest["images"]  # Of which workers see the one copy that is shared.
-            start = (self.recipe, rest, self.images, self.events)
+            start = (self.recipe, rest, self.images, self.device, self.events)
             self.pool = Workers(self.workers, _start_worker, start)
         return self.pool, self.events
 
@@ -274,13 +282,19 @@ class _Together:
 
 _worker: dict[str, Any] = {}
 """What a worker process is given when it starts."""
+_settings = ExitStack()
+"""What a worker process leaves as it is until it ends."""
 
 
-def _start_worker(recipe: Recipe, rest: dict[str, Any], images: SharedTensor, events: Any) -> None:
+def _start_worker(
+    recipe: Recipe, rest: dict[str, Any], images: SharedTensor, device: str, events: Any
+) -> None:
     torch.set_num_threads(1)
+    _settings.enter_context(exact_products())
     labels = torch.from_numpy(rest.pop("labels"))
     dataset = Dataset(images=images.tensor, labels=labels, **rest)
-    _worker.update(bench=_Bench(recipe, split(dataset, recipe.validation)), events=events)
+    splits = split(dataset, recipe.validation).to(device)
+    _worker.update(bench=_Bench(recipe, splits), events=events)
 
 
 def _work(job: Any, number: int, item: tuple[Any, ...]) -> None:

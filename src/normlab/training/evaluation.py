@@ -36,8 +36,9 @@ def evaluate(
         dtype: Of the networks.
         batch_size: Images at a time; `EVALUATION_BATCH` if none is given.
     """
-    loss = torch.zeros(len(networks), dtype=torch.float64)
-    correct = torch.zeros(len(networks), dtype=torch.float64)
+    # Where the images are, so that nothing waits for a device before the end.
+    loss = torch.zeros(len(networks), dtype=torch.float64, device=images.device)
+    correct = torch.zeros_like(loss)
     is_bytes = images.dtype == torch.uint8
     for batch in indices.split(batch_size or EVALUATION_BATCH):
         x = gather(images, batch, scaling).to(dtype) if is_bytes else images[batch]

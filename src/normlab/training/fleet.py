@@ -26,6 +26,7 @@ from normlab.probes import Histogram, inside, read
 from normlab.streams import stream
 from normlab.training import checkpoint, optimizers, program
 from normlab.training.evaluation import evaluate
+from normlab.training.graphs import GRAPHS, Recorded
 from normlab.training.inside import PROBED, SHOWN, learned, spread
 from normlab.training.layout import channels_last, laid_out, may_have_channels_last
 from normlab.training.recipe import FleetEvent, Measurement, Outcome, Reading, Recipe, Replica
@@ -64,7 +65,8 @@ class Fleet:
             are left alone; the first serves to run the fleet, and changes its mode.
         replicas: Which they are.
         recipe: What they have in common.
-        splits: What they are trained and evaluated on.
+        splits: What they are trained and evaluated on; where the networks are. On a device with
+            graphs (CUDA's) every step is replayed as one.
         engine: How.
         passes: Those made for other fleets of this recipe, by what they depend on; added to.
         precision: Of matrix products and convolutions; the recipe's unless given.
@@ -100,8 +102,9 @@ class Fleet:
             self._dropouts.append(program.dropouts_of(network))
         # Sums of the batches' losses, smaller ones by their share, and of hits; and what they were
         # when the epoch began. Added up step by step: wherever training stops, they are the same.
-        self.losses = torch.zeros(len(replicas), dtype=torch.float64)
-        self.hits = torch.zeros(len(replicas), dtype=torch.float64)
+        self.device = splits.dataset.images.device
+        self.losses = torch.zeros(len(replicas), dtype=torch.float64, device=self.device)
+        self.hits = torch.zeros_like(self.losses)
         self._begun = self.losses.clone(), self.hits.clone()
         self._build()
 
@@ -162,10 +165,12 @@ class Fleet:
         The fleet is moved by it, and of no other use afterwards.
         """
         self.advance(self.step + 1)
+        self.losses.tolist()
         best = math.inf
         for _ in range(rounds):
             started = time.perf_counter()
             self.advance(self.step + steps)
+            self.losses.tolist()  # Which waits until a device is through.
             best = min(best, time.perf_counter() - started)
         return best / (steps * len(self.replicas))
 
@@ -176,7 +181,7 @@ class Fleet:
         self.network.train()
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
         is_torchs = not self._is_stacked and self.engine.code != "native"
-        if is_torchs and may_have_channels_last(self.network):
+        if is_torchs and self.device.type == "cpu" and may_have_channels_last(self.network):
             self._parameters = [channels_last(p) if p.ndim == 5 else p for p in self._parameters]
         example = self.example(self.recipe.batch_size)
         strides = program.gradient_strides(
@@ -189,7 +194,10 @@ class Fleet:
             p if p.ndim == 5 and not self._is_stacked else laid_out(p, of[self._is_stacked :])
             for p, of in zip(self._parameters, strides, strict=True)
         ]
-        self._masked = self._dropped(torch.zeros(self.recipe.batch_size, dtype=torch.int64))
+        # Masks are drawn on the CPU: a seed has the same ones everywhere.
+        self._masked = [
+            mask.cpu() for mask in self._dropped(example[-1].flatten()[: self.recipe.batch_size])
+        ]
         self._optimizer = optimizers.make(
             self.recipe, self._parameters, [replica.setting for replica in self.replicas]
         )
@@ -197,11 +205,14 @@ class Fleet:
         self._inputs = [
             [images, labels, *(each[r] for each in self._state)] for r in range(len(self.replicas))
         ]
+        self._sums = list(zip(self.losses.unbind(), self.hits.unbind(), strict=True))
         if self._is_stacked:
             self._inputs = [[images, labels, *self._state]]
+            self._sums = [(self.losses, self.hits)]
         kinds = tuple((each.dtype, each.shape[1:]) for each in self._state)
         # What a pass depends on; put together once, for it is asked for at every step.
         self._kind = (self.replicas[0].arm, kinds, self.precision, self.engine, self._width)
+        self._graphs: dict[tuple[int | None, int], Recorded] = {}
         # Of one that has diverged nobody draws another order, and a stack still reads it.
         self._shuffled = self.splits.indices["train"].repeat(len(self.replicas), 1)
 
@@ -216,7 +227,7 @@ class Fleet:
     def example(self, batch_size: int) -> list[Tensor]:
         """Return tensors like those that a pass takes."""
         images, labels = self.splits.dataset.images, self.splits.dataset.labels
-        batch = torch.zeros(batch_size, dtype=torch.int64)
+        batch = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         state = [*self._parameters, *self._buffers]
         masks = [torch.ones_like(mask) for mask in self._dropped(batch)]
         if not self._is_stacked:
@@ -260,7 +271,8 @@ class Fleet:
                 self._begun = self.losses.clone(), self.hits.clone()
                 train = self.splits.indices["train"]
                 for r in self.alive:
-                    self._shuffled[r] = train[torch.randperm(len(train), generator=self._orders[r])]
+                    order = torch.randperm(len(train), generator=self._orders[r])
+                    self._shuffled[r] = train[order.to(self.device)]
             until = min(stop, self.step - into_epoch + self.steps_per_epoch)
             if self._is_stacked:
                 self._advance_all(until)
@@ -275,22 +287,9 @@ class Fleet:
             if isinstance(run, Steps):
                 self._take_natively(r, run, batches)
             else:
-                self._take(r, run, batches)
-
-    def _take(self, r: int, run: program.Pass, batches: Iterable[_Batch]) -> None:
-        losses, hits = [], []
-        for _, start, end in batches:
-            batch, masks = self._shuffled[r, start:end], self._masks(r, end - start)
-            loss, *gradients, right = run([*self._inputs[r], *masks, batch])
-            self._optimizer.step(r, gradients)
-            losses.append(loss)
-            hits.append(right)
-        share = (end - start) / self.recipe.batch_size
-        so_far = float(self.losses[r])
-        for loss in torch.stack(losses).tolist():
-            so_far += loss * share
-        self.losses[r] = so_far
-        self.hits[r] += torch.stack(hits).sum()
+                for _, start, end in batches:
+                    masks = self._masks(r, end - start)
+                    self._take(run, [*masks, self._shuffled[r, start:end]], r)
 
     def _take_natively(self, r: int, run: Steps, batches: Iterable[_Batch]) -> None:
         masked = sum(like.nbytes for like in self._masked)
@@ -312,10 +311,29 @@ class Fleet:
             batch = self._shuffled[:, start:end].contiguous()
             masks = [self._masks(r, end - start) for r in range(len(self.replicas))]
             stacked = [torch.stack(each) for each in zip(*masks, strict=True)]
-            losses, *gradients, hits = run([*self._inputs[0], *stacked, batch])
+            self._take(run, [*stacked, batch])
+
+    def _take(self, run: program.Pass, fed: Sequence[Tensor], r: int | None = None) -> None:
+        """Take a step with a replica, or with the stack, given masks and indices."""
+        if self.engine.code == "eager" or self.device.type not in GRAPHS:
+            self._step(run, r, [each.to(self.device) for each in fed])
+            return
+        key = (r, fed[-1].shape[-1])
+        if key not in self._graphs:
+            moved = [*self._state, *self._optimizer.state, self.losses, self.hits]
+            self._graphs[key] = Recorded(partial(self._step, run, r), fed, moved)
+        self._graphs[key](fed)
+
+    def _step(self, run: program.Pass, r: int | None, fed: Sequence[Tensor]) -> None:
+        """Do the operations of a step, none of which looks at a number."""
+        loss, *gradients, hits = run([*self._inputs[r or 0], *fed])
+        if r is None:
             self._optimizer.step_all(gradients)
-            self.losses += losses.double() * ((end - start) / self.recipe.batch_size)
-            self.hits += hits
+        else:
+            self._optimizer.step(r, gradients)
+        total, right = self._sums[r or 0]
+        total.add_(loss, alpha=fed[-1].shape[-1] / self.recipe.batch_size)
+        right.add_(hits)
 
     def _masks(self, r: int, size: int) -> list[Tensor]:
         """Draw a replica's dropout masks for a batch."""
@@ -342,10 +360,14 @@ class Fleet:
         looked_at = [r for r in self.alive if finite[r]]
         samples = self._samples_of_epoch()
         batches = samples / self.recipe.batch_size
+        losses, hits = (
+            (self.losses - self._begun[0]).tolist(),
+            (self.hits - self._begun[1]).tolist(),
+        )
         values: dict[int, dict[tuple[str, str], float]] = {
             r: {
-                ("batches", "loss"): float(self.losses[r] - self._begun[0][r]) / batches,
-                ("batches", "accuracy"): float(self.hits[r] - self._begun[1][r]) / samples,
+                ("batches", "loss"): losses[r] / batches,
+                ("batches", "accuracy"): hits[r] / samples,
             }
             for r in looked_at
         }

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,9 +23,8 @@ def laid_out(parameter: Tensor, strides: Sequence[int]) -> Tensor:
     sizes = sorted(each for each in zip(strides, parameter.shape[1:], strict=True) if each[1] > 1)
     if [stride for stride, _ in sizes] != [1, *accumulate((n for _, n in sizes), mul)][:-1]:
         return parameter
-    return torch.empty_strided(parameter.shape, (outer, *strides), dtype=parameter.dtype).copy_(
-        parameter
-    )
+    laid = parameter.new_empty_strided(parameter.shape, (outer, *strides))
+    return laid.copy_(parameter)
 
 
 def channels_last(parameter: Tensor) -> Tensor:

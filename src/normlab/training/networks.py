@@ -84,11 +84,13 @@ def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
         recipe: Names the network.
         arm: As `parse_arm` reads it.
         seed: The replica's seed.
-        dataset: Says what the network gets and how many classes it tells apart.
+        dataset: Says what the network gets and how many classes it tells apart. The network is
+            where its images are.
 
     Raises:
         InputError: The network cannot be built, or the arm cannot be made of it.
     """
+    device = dataset.images.device
     if not is_function(recipe.network):
         return build_network(
             recipe.network,
@@ -98,7 +100,7 @@ def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
             classes=dataset.classes,
             activation=recipe.activation,
             init=recipe.init,
-        )
+        ).to(device)
     example = _example(dataset)
     with _seeded(stream(seed, "init").initial_seed()):
         # A copy, in case that the function returns the same network every time.
@@ -112,6 +114,8 @@ def build(recipe: Recipe, arm: str, seed: int, dataset: Dataset) -> nn.Module:
             raise InputError("it has no parameter that requires a gradient")
         _check_output(network, example, dataset.classes)
         _become(network, parse_arm(arm), example)
+        if device.type != "cpu":
+            _check_output(network.to(device), example.to(device), dataset.classes)
     except InputError as error:
         raise InputError(f"{recipe.network}, arm {arm!r}: {error}") from None
     return network
@@ -142,7 +146,8 @@ def check_alike(recipe: Recipe, networks: Sequence[nn.Module], dataset: Dataset)
     Raises:
         InputError: They do.
     """
-    example, first = _example(dataset), copy.deepcopy(networks[0]).eval()
+    example = _example(dataset).to(dataset.images.device)
+    first = copy.deepcopy(networks[0]).eval()
     with torch.no_grad():
         for network in networks[1:]:
             state = dict([*network.named_parameters(), *network.named_buffers()])

@@ -47,7 +47,7 @@ class Optimizer(ABC):
     ) -> None:
         self.recipe, self.settings = recipe, settings
         moments = self._moments()
-        self.steps = torch.zeros(len(settings))
+        self.steps = torch.zeros(len(settings), device=parameters[0].device)
         self.moments = [[torch.zeros_like(p) for p in parameters] for _ in range(moments)]
         self.state = [self.steps, *(each for moment in self.moments for each in moment)]
         self._each = [

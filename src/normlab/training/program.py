@@ -213,14 +213,17 @@ def make(
     if code == "native":
         return lower(traced.graph, tensors)
     if code == "compiled":
-        return _compiled(traced, tensors)
+        on_cpu = tensors[0].device.type == "cpu"
+        return _compiled(traced, tensors) if on_cpu else _compiled_here(traced, tensors)
+    return _without_gradients(traced)
 
-    def replay(tensors: list[Tensor]) -> Sequence[Tensor]:
+
+def _without_gradients(function: Callable[..., Sequence[Tensor]]) -> Pass:
+    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
-            replayed: Sequence[Tensor] = traced(*tensors)
-        return replayed
+            return function(*tensors)
 
-    return replay
+    return run
 
 
 def are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
@@ -264,6 +267,17 @@ def _compiled(traced: Any, tensors: Sequence[Tensor]) -> Pass:
     return run
 
 
+def _compiled_here(traced: Any, tensors: Sequence[Tensor]) -> Pass:
+    """Compile a traced pass for this process, in which a graph is to be recorded of it.
+
+    What a package has around the kernels waits for events of the device, which no graph can hold;
+    and what Python has around them is not in the graph.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own parts.
+        return _without_gradients(torch._inductor.compile(traced, list(tensors)))
+
+
 def _digest(traced: Any, tensors: Sequence[Tensor]) -> str:
     facts = [
         traced.print_readable(print_output=False),
@@ -297,7 +311,7 @@ def dropped(network: nn.Module, x: Tensor) -> list[Tensor]:
         return see
 
     for place, dropout in enumerate(dropouts):
-        dropout.generator = torch.Generator()
+        dropout.p = 0.0  # It is looked at, and draws nothing.
         dropout.register_forward_pre_hook(watch(place))
     if dropouts:
         network(x)

@@ -64,8 +64,8 @@ class Trainer:
     gradient stay as they are. `step` puts the whole network into train mode.
 
     Args:
-        network: Returns logits, (N, classes). Its `torch.nn.Dropout` layers draw from a stream of
-            `seed` from now on.
+        network: Returns logits, (N, classes); on any device. Its `torch.nn.Dropout` layers draw
+            from a stream of `seed` from now on.
         optimizer: `adam` or `sgd`.
         lr: Learning rate.
         momentum: Of sgd.
@@ -146,12 +146,12 @@ class Trainer:
         Raises:
             InputError: The batch cannot be one of this network's.
         """
-        _check(x, y)
         if any(place[key].data_ptr() != memory for place, key, memory in self._places):
             raise InputError(
                 "the network has other parameters or buffers than when the Trainer was made, as "
                 "after .to() or load_state_dict(assign=True): make a new Trainer"
             )
+        _check(x, y, self._state[0].device)
         self.network.train()
         x, y = self._typed(x).contiguous(), y.contiguous()
         key = (x.shape, x.dtype)
@@ -160,7 +160,10 @@ class Trainer:
         run, classes, dropped = self._prepared[key]
         _check_labels(y, classes)
         layers = zip(self._dropouts, dropped, strict=True)
-        fed = [*(dropout.draw(like) for dropout, like in layers), torch.arange(len(x))]
+        fed = [
+            *(dropout.draw(like) for dropout, like in layers),
+            torch.arange(len(x), device=x.device),
+        ]
         state = [x, y, *self._state]
         if isinstance(run, Steps):
             total, _ = run.train(state, [each.unsqueeze(0) for each in fed], self._optimizer, 0)
@@ -181,7 +184,7 @@ class Trainer:
             )
         _check_labels(y, logits.shape[1])
         dropped = program.dropped(self.network, scaled)
-        fed = [*map(torch.ones_like, dropped), torch.arange(len(x))]
+        fed = [*map(torch.ones_like, dropped), torch.arange(len(x), device=x.device)]
 
         def example() -> list[Tensor]:
             return [x, y, *(each.clone() for each in self._state), *fed]
@@ -218,7 +221,7 @@ class Trainer:
         Raises:
             InputError: There are no samples, or not as many as labels.
         """
-        _check(x, y)
+        _check(x, y, self._state[0].device)
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size={batch_size}: expected at least 1")
         modes = {each: each.training for each in self.network.modules()}
@@ -229,7 +232,7 @@ class Trainer:
                 [self.network],
                 self._typed(x),
                 y,
-                torch.arange(len(x)),
+                torch.arange(len(x), device=x.device),
                 self.scaling,
                 self._dtype,
                 batch_size,
@@ -250,16 +253,17 @@ def train(
     """Train one network in place, yielding what is measured as it is measured, and the outcome.
 
     Args:
-        network: With its first values; it has its last ones when the iterator ends. Its
-            `torch.nn.Dropout` layers draw from the seed's stream. One that does something else from
-            step to step needs the engine `eager`.
+        network: With its first values; it has its last ones when the iterator ends. It is trained
+            on the device that it is on. Its `torch.nn.Dropout` layers draw from the seed's stream.
+            One that does something else from step to step needs the engine `eager`.
         replica: Setting and seed.
         recipe: All the rest.
         splits: Evaluated in eval mode, each of them, after every epoch and at the declared steps.
         engine: How the steps are done.
     """
     own_dropouts(network)
-    fleet = Fleet([network], [replica], recipe, splits, engine)
+    device = next(network.parameters()).device
+    fleet = Fleet([network], [replica], recipe, splits.to(device), engine)
     yield from fleet.train()
     trained = fleet.state(0)
     with torch.no_grad():
@@ -283,7 +287,7 @@ def _call(network: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def _check(x: Tensor, y: Tensor) -> None:
+def _check(x: Tensor, y: Tensor, device: torch.device) -> None:
     for each in (x, y):
         if not isinstance(each, Tensor) or not each.ndim:
             raise InputError(f"expected two tensors with samples, got {type(each).__name__}")
@@ -291,6 +295,11 @@ def _check(x: Tensor, y: Tensor) -> None:
         raise InputError(
             f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}, {y.dtype}: expected "
             "(N, …) and (N,), int64, with N above 0"
+        )
+    if not x.device == y.device == device:
+        raise InputError(
+            f"x is on {x.device}, y on {y.device} and the network on {device}: expected one "
+            "device, as by .to()"
         )
 
 

@@ -1,0 +1,74 @@
+"""The device that a fleet is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from normlab.errors import InputError
+
+__all__ = ["exact_products", "find_device", "name_of"]
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device that fleets can be trained on, by the name that torch has for it.
+
+    Raises:
+        InputError: There is none of that name, or it cannot hold the sums, which are float64.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        found = torch.zeros(1, dtype=torch.float64, device=name)
+        found.tolist()  # There are devices that hold no values.
+    except (RuntimeError, AssertionError, TypeError) as error:
+        told = str(error).partition("\n")[0]
+        raise InputError(
+            f"device {name!r} cannot be used ({told}): expected cpu, or cuda where torch has a GPU"
+        ) from None
+    return found.device
+
+
+def name_of(device: torch.device) -> str:
+    """Return what a device is, for people and for what is kept: numbers may differ between two.
+
+    >>> name_of(torch.device("cpu"))
+    'cpu'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let a GPU compute float32 in float32, and the same in every run; then as it was.
+
+    torch rounds the factors of convolutions to 10 bits there (TF32) unless it is told not to, and
+    may take algorithms whose sums come in another order each time.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    exact: list[tuple[Any, str, object]] = [
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+    ]
+    if hasattr(cudnn, "conv"):
+        exact += [(each, "fp32_precision", "ieee") for each in (matmul, cudnn.conv)]
+    else:  # Before torch 2.9.
+        exact += [(each, "allow_tf32", False) for each in (matmul, cudnn)]
+    before = [(place, name, getattr(place, name)) for place, name, _ in exact]
+    try:
+        _set(exact)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(settings: Sequence[tuple[Any, str, object]]) -> None:
+    backends: Any = torch.backends
+    with backends.__allow_nonbracketed_mutation():  # As `cudnn.flags` does: it may be forbidden.
+        for place, name, value in settings:
+            setattr(place, name, value)
