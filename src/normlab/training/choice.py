@@ -30,8 +30,6 @@ __all__ = ["ENGINES", "Choice", "check_engine", "choose", "stack_size"]
 ENGINES = ("auto", "looped", "stacked")
 _STEPS = 20
 _COMPILATION = 25.0  # Seconds; what it takes differs by a factor of two between machines.
-_STACKS = {"cpu": 5}
-_STACK = 32
 
 
 class Choice(NamedTuple):
@@ -56,9 +54,10 @@ class Choice(NamedTuple):
 def stack_size(device: torch.device) -> int:
     """Return how many replicas are in a stack; its numbers may depend on it, in their last bits.
 
-    A CPU's caches hold a few replicas. Elsewhere a step of many takes about as long as one of few.
+    A CPU's caches hold a few replicas. On a GPU a step of small networks is mostly launches, of
+    which many replicas need no more than few.
     """
-    return _STACKS.get(device.type, _STACK)
+    return 5 if device.type == "cpu" else 32
 
 
 def choose(
@@ -86,7 +85,7 @@ def choose(
         build: Makes a fleet.
     """
     device = splits.dataset.images.device
-    on_cpu, stack = device.type == "cpu", stack_size(device)
+    on_cpu, stack = device.type == "cpu", min(fleet, stack_size(device))
     memory = cache_folder() / "engines" / f"{_digest(recipe, splits, arm, kind, fleet)}.json"
     try:
         recalled = json.loads(memory.read_text("utf-8"))
@@ -98,7 +97,7 @@ def choose(
     seconds: dict[Engine, float] = {}
 
     def time(engine: Engine) -> None:
-        width = min(fleet, stack) if engine.kind == "stacked" else 1
+        width = stack if engine.kind == "stacked" else 1
         replicas = [Replica(arm, 1e-3, seed) for seed in range(width)]
         try:
             built = build(replicas, engine)

@@ -26,7 +26,7 @@ def find_device(name: str) -> torch.device:
         found = torch.zeros(1, dtype=torch.float64, device=name)
         found.tolist()  # There are devices that hold no values.
     except (RuntimeError, AssertionError, TypeError) as error:
-        told = str(error).partition("\n")[0]
+        told = str(error).partition("\n")[0].partition(". ")[0]  # The rest is about building torch.
         raise InputError(
             f"device {name!r} cannot be used ({told}): expected cpu, or cuda where torch has a GPU"
         ) from None

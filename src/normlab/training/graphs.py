@@ -14,14 +14,14 @@ from torch import Tensor
 
 __all__ = ["GRAPHS", "Graph", "Recorded"]
 
-_WARM_UP = 3  # Steps; libraries choose their algorithms, and take their memory, in the first ones.
+_WARM_UP = 3  # Steps: libraries choose their algorithms, and take their memory, in the first ones.
 
 
 class Graph(Protocol):
     """What a device records operations in."""
 
     def warm_up(self, step: Callable[[], None]) -> None:
-        """Do what is to be recorded, as the recording will."""
+        """Do what is to be recorded, a few times, as the recording will."""
 
     def record(self, step: Callable[[], None]) -> None:
         """Record what is done, without doing it."""
@@ -50,8 +50,7 @@ class Recorded:
         self._fed = [each.to(device, copy=True) for each in fed]
         self._graph = GRAPHS[device.type](device)
         before = [each.clone() for each in moved]
-        for _ in range(_WARM_UP):
-            self._graph.warm_up(lambda: step(self._fed))
+        self._graph.warm_up(lambda: step(self._fed))
         for each, value in zip(moved, before, strict=True):
             each.copy_(value)
         self._graph.record(lambda: step(self._fed))
@@ -73,7 +72,8 @@ class _CudaGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                step()
+                for _ in range(_WARM_UP):
+                    step()
             torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, step: Callable[[], None]) -> None:
