@@ -12,10 +12,12 @@ import time
 from urllib.request import urlopen
 
 import pytest
+import torch
 
 from normlab import __version__
 from normlab import report as reports
 from normlab.cli import main
+from normlab.errors import InputError
 from normlab.study import Comparison, Study
 from normlab.study.declaration import FOR_PEOPLE
 
@@ -259,6 +261,26 @@ def test_bad_values_get_one_line_and_leave_nothing(
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, "compare", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("cpu", torch.get_num_threads())),
+        (["--device", "cuda"], ("cuda", 1)),
+        (["--device", "cuda", "--workers", "3"], ("cuda", 3)),
+    ],
+)
+def test_a_worker_for_each_thread_and_one_for_a_gpu(arguments, expected, monkeypatch):
+    asked = {}
+
+    def compare(*_, **options):
+        asked.update(options)
+        raise InputError("enough is known")
+
+    monkeypatch.setattr("normlab.compare", compare)
+    assert call("compare", *arguments) == 2
+    assert (asked["device"], asked["workers"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import fcntl
+import json
 import sqlite3
 import threading
 import time
@@ -183,6 +184,18 @@ def test_a_run_waits_for_who_asks_whether_it_is_in_use(tmp_path):
         threading.Timer(0.03, asker.close).start()
         fill(tmp_path)
     assert len(read(tmp_path, "session")) == 1
+
+
+def test_a_ledger_from_before_there_were_devices_is_the_cpus(tmp_path):
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        ledger._connection.execute("UPDATE session SET machine = json_remove(machine, '$.device')")
+    with Ledger.write(tmp_path, STUDY) as ledger:
+        ledger.begin_session(workers=1)
+        with pytest.raises(InputError, match="was begun with device cpu, and this is a GPU, whose"):
+            ledger.begin_session(workers=1, device="a GPU")
+    devices = [json.loads(row["machine"]).get("device") for row in read(tmp_path, "session")]
+    assert devices == [None, "cpu"]
 
 
 def test_a_study_of_other_data_is_refused_and_left_alone(tmp_path):

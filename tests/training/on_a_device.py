@@ -13,6 +13,7 @@ import sys
 import textwrap
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,9 @@ import normlab
 from normlab.bench import fleet
 from normlab.bench import own as own_fleets
 from normlab.bench.work import Work
+from normlab.data import load, split
 from normlab.errors import InputError
+from normlab.layers import Dropout, draw_dropout_from
 from normlab.networks import build_network
 from normlab.study import run
 from normlab.training import (
@@ -39,6 +42,7 @@ from normlab.training import (
     engine,
     graphs,
     program,
+    train,
 )
 
 pytestmark = pytest.mark.usefixtures("standin")
@@ -293,10 +297,12 @@ def test_a_network_that_stays_behind_in_part_gets_one_line(images, own):
     assert str(raised.value).startswith(told)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "numbers"])
 @pytest.mark.parametrize("arm", ["plain", "torch-batch+dropout:0.5"])
-def test_a_trainer_trains_where_its_network_is(arm):
+def test_a_trainer_trains_where_its_network_is(arm, kind):
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(32, 1, 4, 4, generator=generator)
+    x = torch.randint(256, (32, 1, 4, 4), generator=generator).to(torch.uint8)
+    x = x if kind == "bytes" else x / 255
     y = torch.randint(3, (32,), generator=generator)
     losses = {}
     for device in ("cpu", "standin"):
@@ -310,6 +316,55 @@ def test_a_trainer_trains_where_its_network_is(arm):
         InputError, match="x is on cpu, y on standin:0 and the network on standin:0"
     ):
         trainer.step(x, y.to("standin"))
+
+
+def test_one_network_is_trained_in_place_where_it_is(images):
+    recipe = recipe_of(images, "mlp:8", "sgd", epochs=1)
+    splits = split(load(images), recipe.validation)
+    trained = {}
+    for device in ("cpu", "standin"):
+        network = build_network("mlp:8", "plain", 0, image_shape=(1, 16, 16), classes=3).to(device)
+        for _ in train(network, Replica("plain", 0.03, 0), recipe, splits):
+            pass
+        trained[device] = [each.detach().cpu() for each in network.parameters()]
+    assert all(map(torch.equal, trained["standin"], trained["cpu"]))
+
+
+def test_dropout_draws_where_its_generator_is():
+    masks = []
+    for device in ("cpu", "standin"):
+        layer = Dropout(0.5)
+        draw_dropout_from(torch.Generator().manual_seed(0), layer)
+        masks.append(layer(torch.ones(100, device=device)))
+    assert masks[1].device.type == "standin"
+    assert masks[1].cpu().equal(masks[0])
+
+
+def test_a_worker_has_its_data_on_the_device_and_computes_exactly(images, monkeypatch):
+    dataset = load(images)
+    rest = {**vars(dataset), "labels": dataset.labels.numpy()}
+    shared = SimpleNamespace(tensor=rest.pop("images"))
+    threads, worker = torch.get_num_threads(), {}
+    monkeypatch.setattr(engine, "_worker", worker)
+    monkeypatch.setattr(engine, "_settings", settings := ExitStack())
+    try:
+        recipe = recipe_of(images, "mlp:8", "sgd")
+        engine._start_worker(recipe, rest, shared, "standin", None)
+        splits = worker["bench"].splits
+        held = [splits.dataset.images, splits.dataset.labels, *splits.indices.values()]
+        assert {each.device.type for each in held} == {"standin"}
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.set_num_threads(threads)
+        settings.close()
+
+
+def test_what_was_found_fastest_is_remembered_for_the_device_alone(images):
+    recipe = recipe_of(images, "mlp:8", "sgd", epochs=1)
+    replicas = [Replica("plain", 0.01, seed) for seed in range(2)]
+    for device, times in [("cpu", {"native", "traced"}), ("standin", {"traced"})]:
+        (choice, *_) = engine.run_replicas(recipe, replicas, device=device)
+        assert {timed.partition(", ")[2] for timed in choice.seconds} == times
 
 
 def test_a_ledger_knows_the_device_and_goes_on_with_no_other(images, tapes, tmp_path):

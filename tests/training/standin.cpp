@@ -190,6 +190,8 @@ void replace_tensors(torch::jit::Stack& stack, size_t begin,
       each = list;
     } else if (each.isDevice()) {
       each = at::Device(at::kCPU);
+    } else if (each.isGenerator()) {
+      TORCH_CHECK(each.toGenerator().device().type() == kType, "Expected a generator of the device");
     }
   }
 }

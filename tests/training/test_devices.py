@@ -1,14 +1,15 @@
 import os
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from normlab.errors import InputError
-from normlab.training import Recipe, Replica
+from normlab.training import Recipe, Replica, graphs
 from normlab.training.devices import exact_products, find_device, name_of
 from normlab.training.engine import run_replicas
 
@@ -79,3 +80,59 @@ def test_products_are_exact_while_a_fleet_trains(users_settings):
         next(events)
         assert users_settings() == EXACT
     assert users_settings() == before
+
+
+class FakeCuda:
+    """What CUDA graphs need of `torch.cuda`, which notes what is asked of it."""
+
+    def __init__(self):
+        self.told = []
+
+    @contextmanager
+    def device(self, device):
+        self.told.append(f"on {device}")
+        yield
+
+    def Stream(self):  # noqa: N802 - torch's name
+        return SimpleNamespace(wait_stream=lambda _: self.told.append("side waits for usual"))
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda _: self.told.append("usual waits for side"))
+
+    @contextmanager
+    def stream(self, _):
+        self.told.append("side begins")
+        yield
+        self.told.append("side ends")
+
+    def CUDAGraph(self):  # noqa: N802 - torch's name
+        return SimpleNamespace(replay=lambda: self.told.append("replayed"))
+
+    @contextmanager
+    def graph(self, _):
+        self.told.append("recording begins")
+        yield
+        self.told.append("recording ends")
+
+
+def test_a_cuda_graph_is_warmed_up_aside_recorded_once_and_replayed(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(graphs.torch, "cuda", fake)
+    monkeypatch.setitem(graphs.GRAPHS, "cpu", graphs._CudaGraph)
+    moved, given = torch.zeros(2), torch.ones(2)
+
+    def step(fed):
+        fake.told.append("step")
+        moved.add_(fed[0])
+
+    recorded = graphs.Recorded(step, [given], [moved])
+    assert fake.told == [
+        *("on cpu", "side waits for usual"),
+        *("side begins", "step", "step", "step", "side ends", "usual waits for side"),
+        *("on cpu", "recording begins", "step", "recording ends"),
+    ]
+    assert moved.tolist() == [1.0, 1.0]  # Here recording is doing; of the warm-up nothing is left.
+    fake.told.clear()
+    recorded([torch.full((2,), 5.0)])
+    assert fake.told == ["on cpu", "replayed"]
+    assert (recorded._fed[0].tolist(), given.tolist()) == ([5.0, 5.0], [1.0, 1.0])
