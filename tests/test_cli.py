@@ -279,6 +279,7 @@ def test_a_worker_for_each_thread_and_one_for_a_gpu(arguments, expected, monkeyp
         raise InputError("enough is known")
 
     monkeypatch.setattr("normlab.compare", compare)
+    monkeypatch.setattr("normlab.cli.find_device", torch.device)
     assert call("compare", *arguments) == 2
     assert (asked["device"], asked["workers"]) == expected
 

@@ -28,6 +28,7 @@ from normlab.errors import FetchError, InputError, NormlabError
 from normlab.study import Study, bundled_studies, find_study, layers_of
 from normlab.study.declaration import FOR_PEOPLE
 from normlab.training import Recipe
+from normlab.training.devices import find_device
 
 __all__ = ["main"]
 
@@ -97,7 +98,8 @@ class _Compare:
             if value is not None
         }
         if self.workers is None:
-            workers = torch.get_num_threads() if self.device == "cpu" else 1
+            on_cpu = find_device(self.device).type == "cpu"
+            workers = torch.get_num_threads() if on_cpu else 1
         elif self.workers.isdecimal():
             workers = int(self.workers)
         else:
@@ -308,7 +310,7 @@ class Bench:
 
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--seconds {self.seconds}: expected a number above 0")
-        if self.what == "layers" and self.device != "cpu":
+        if self.what == "layers" and find_device(self.device).type != "cpu":
             raise InputError(f"--device {self.device} belongs to fleet: layers are timed on a CPU")
         benchmark = (
             bench.bench_layers(seconds=self.seconds or 2.0)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +33,7 @@ from normlab.study import run
 from normlab.training import (
     Choice,
     Engine,
+    Fleet,
     Measurement,
     Outcome,
     Reading,
@@ -260,7 +261,9 @@ def own(tmp_path, monkeypatch):
 def test_what_cannot_be_recorded_is_called(images, tapes, network, code):
     recipe = recipe_of(images, network, "sgd", epochs=1)
     replicas = [Replica("plain", 0.01, seed) for seed in range(7)]
-    (choice, *events) = engine.run_replicas(recipe, replicas, device="standin")
+    told = "plain: a step cannot be recorded on standin:0 .RuntimeError: the network moves values"
+    with pytest.warns(UserWarning, match=told) if code == "eager" else nullcontext():
+        (choice, *events) = engine.run_replicas(recipe, replicas, device="standin")
     assert choice.engine.code == code
     assert bool(tapes) == (code == "traced")
     assert sum(isinstance(each, Outcome) for each in events) == 7
@@ -330,6 +333,16 @@ def test_one_network_is_trained_in_place_where_it_is(images):
     assert all(map(torch.equal, trained["standin"], trained["cpu"]))
 
 
+def test_a_fleet_has_networks_and_images_on_one_device(images):
+    recipe = recipe_of(images, "mlp:8", "sgd")
+    splits = split(load(images), recipe.validation)
+    network = build_network("mlp:8", "plain", 0, image_shape=(1, 16, 16), classes=3).to("standin")
+    with pytest.raises(
+        InputError, match="the networks are on standin:0 and the images on cpu: exp"
+    ):
+        Fleet([network], [Replica("plain", 0.03, 0)], recipe, splits, Engine("looped", "traced"))
+
+
 def test_dropout_draws_where_its_generator_is():
     masks = []
     for device in ("cpu", "standin"):
@@ -341,22 +354,22 @@ def test_dropout_draws_where_its_generator_is():
 
 
 def test_a_worker_has_its_data_on_the_device_and_computes_exactly(images, monkeypatch):
+    device, exact = torch.device("standin"), []
     dataset = load(images)
     rest = {**vars(dataset), "labels": dataset.labels.numpy()}
     shared = SimpleNamespace(tensor=rest.pop("images"))
     threads, worker = torch.get_num_threads(), {}
     monkeypatch.setattr(engine, "_worker", worker)
-    monkeypatch.setattr(engine, "_settings", settings := ExitStack())
+    monkeypatch.setattr(engine, "exact_products", lambda on: exact.append(on) or nullcontext())
     try:
         recipe = recipe_of(images, "mlp:8", "sgd")
-        engine._start_worker(recipe, rest, shared, "standin", None)
+        engine._start_worker(recipe, rest, shared, device, None)
         splits = worker["bench"].splits
         held = [splits.dataset.images, splits.dataset.labels, *splits.indices.values()]
         assert {each.device.type for each in held} == {"standin"}
-        assert torch.backends.cudnn.deterministic
+        assert exact == [device]
     finally:
         torch.set_num_threads(threads)
-        settings.close()
 
 
 def test_what_was_found_fastest_is_remembered_for_the_device_alone(images):
@@ -408,7 +421,8 @@ def test_the_benchmarks_peers_and_normlabs_own_train_there(tapes, monkeypatch):
     assert all(last < 0.8 * first for first, last in row.losses.values())
 
     monkeypatch.setattr(own_fleets, "_here", {})
-    monkeypatch.setattr(own_fleets, "_settings", settings := ExitStack())
+    exact = []
+    monkeypatch.setattr(own_fleets, "exact_products", lambda on: exact.append(on) or nullcontext())
     threads = torch.get_num_threads()
     try:
         own_fleets._start(work, 40, 0, 1)
@@ -419,6 +433,6 @@ def test_the_benchmarks_peers_and_normlabs_own_train_there(tapes, monkeypatch):
         assert last < 0.8 * first
         assert own_fleets._evaluate() < 40 * math.log(10)
         assert sorted(tapes)[-2:] == [80, 80]
+        assert exact == [torch.device("standin")]
     finally:
         torch.set_num_threads(threads)
-        settings.close()

@@ -21,12 +21,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import pandas as pd
+import torch
 
 from normlab.bench import jax_peer, peers
 from normlab.bench.timing import Timing, machine, take_turns, versions
 from normlab.bench.work import EVALUATED, REPLICAS, WORKS, Peer, Work
 from normlab.processes import Workers
-from normlab.training.devices import find_device, name_of
+from normlab.training.devices import exact_products, find_device, name_of
 
 __all__ = ["FleetBenchmark", "Row", "bench_fleet", "makers"]
 
@@ -161,18 +162,20 @@ def bench_fleet(
         device: Where all of it is trained; JAX is measured on a CPU alone.
         started: Called with each work before it is measured.
     """
-    name, rows = name_of(find_device(device)), []
-    for work in [replace(each, device=device) for each in works]:
+    found, rows = find_device(device), []
+    for work in [replace(each, device=str(found)) for each in works]:
         if started is not None:
             started(work)
         with Workers(1) as workers:  # A new one each, so that no work inherits another's threads.
-            rows.append(workers.submit(_measure, work, seconds, fleets or {}, compiled).result())
+            rows.append(
+                workers.submit(_measure_exactly, work, seconds, fleets or {}, compiled).result()
+            )
     extras = {
         package: version(package)
         for peer, (package, _) in _NEEDED.items()
         if peer not in _missing()
     }
-    where = machine() if device == "cpu" else f"{name}; {machine()}"
+    where = machine() if found.type == "cpu" else f"{name_of(found)}; {machine()}"
     return FleetBenchmark(rows, versions() | extras, where)
 
 
@@ -201,6 +204,14 @@ def _missing() -> dict[str, str]:
         for peer, (package, module) in _NEEDED.items()
         if find_spec(module) is None
     }
+
+
+def _measure_exactly(
+    work: Work, seconds: float, fleets: Mapping[str, Callable[[Work], Peer]], compiled: bool
+) -> Row:
+    """Measure peers with the settings that normlab's fleets are trained with."""
+    with exact_products(torch.device(work.device)):
+        return _measure(work, seconds, fleets, compiled)
 
 
 def _measure(

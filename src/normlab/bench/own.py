@@ -74,7 +74,7 @@ _settings = ExitStack()
 
 def _start(work: Work, size: int, worker: int, count: int) -> None:
     torch.set_num_threads(1)
-    _settings.enter_context(exact_products())
+    _settings.enter_context(exact_products(torch.device(work.device)))
     recipe = Recipe(
         network=work.network,
         activation=work.activation,

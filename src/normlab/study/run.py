@@ -59,7 +59,7 @@ def run(
     if workers < 1:
         raise InputError(f"workers={workers}: at least 1 is needed")
     check_engine(engine)
-    device_name = name_of(find_device(device))
+    where = find_device(device)
     dataset = load(study.dataset)
     networks = study.check_against(split(dataset, study.validation))
     own = {} if dataset.digest is None else {"dataset": dataset.digest}
@@ -73,7 +73,7 @@ def run(
             watcher.begin(len(finished), len(study.replicas))
         if not missing:
             return
-        ledger.begin_session(min(workers, missing), device_name)
+        ledger.begin_session(min(workers, missing), name_of(where))
         for arm, network in networks.items():
             ledger.describe(arm, layers(network, dataset.image_shape))
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def run(
             study.replicas,
             workers,
             engine=engine,
-            device=device,
+            device=str(where),
             chosen=ledger.choices(),
             finished=finished,
             folder=folder / "checkpoints",

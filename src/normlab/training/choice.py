@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -95,6 +96,7 @@ def choose(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # Nothing there, or nothing that can be read: it is timed anew.
     seconds: dict[Engine, float] = {}
+    reasons: list[str] = []
 
     def time(engine: Engine) -> None:
         width = stack if engine.kind == "stacked" else 1
@@ -105,8 +107,8 @@ def choose(
                 seconds[engine] = built.time_step(_STEPS)
         except InputError:
             raise
-        except Exception:  # Tracing and compiling fail in many ways: this engine is not for it.
-            return
+        except Exception as error:  # Tracing and compiling fail in many ways: it is not for this.
+            reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
 
     if kind != "stacked":
         # In an arm that is there for torch's own layer, normlab's kernels must not stand in for it.
@@ -116,6 +118,12 @@ def choose(
     if kind == "stacked" or (kind == "auto" and fleet > 1):
         time(Engine("stacked", "traced"))
     if not seconds:
+        if reasons and not on_cpu:
+            warnings.warn(
+                f"{arm}: a step cannot be recorded on {device} ({reasons[0]}), so it is trained "
+                "eager, which is much slower",
+                stacklevel=2,
+            )
         time(Engine("looped", "eager"))
     else:
         left = (

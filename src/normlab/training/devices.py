@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def find_device(name: str) -> torch.device:
         raise InputError(
             f"device {name!r} cannot be used ({told}): expected cpu, or cuda where torch has a GPU"
         ) from None
-    return found.device
+    return torch.device("cpu") if found.is_cpu else found.device  # There is one CPU, of no number.
 
 
 def name_of(device: torch.device) -> str:
@@ -43,23 +43,33 @@ def name_of(device: torch.device) -> str:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Let a GPU compute float32 in float32, and the same in every run; then as it was.
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Let a GPU compute float32 in float32, and cuDNN sum in one order; then as it was.
 
     torch rounds the factors of convolutions to 10 bits there (TF32) unless it is told not to, and
-    may take algorithms whose sums come in another order each time.
+    cuDNN may take algorithms whose sums come in another order each time. Other devices are as they
+    are.
     """
+    if device.type != "cuda":
+        yield
+        return
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     exact: list[tuple[Any, str, object]] = [
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
+        # What came before the precisions below must agree with them: torch reads both, and raises.
+        (cudnn, "allow_tf32", False),
     ]
     if hasattr(cudnn, "conv"):
-        exact += [(each, "fp32_precision", "ieee") for each in (matmul, cudnn.conv)]
+        precisions = (matmul, cudnn, cudnn.conv, cudnn.rnn)
+        exact += [(each, "fp32_precision", "ieee") for each in precisions]
     else:  # Before torch 2.9.
-        exact += [(each, "allow_tf32", False) for each in (matmul, cudnn)]
-    before = [(place, name, getattr(place, name)) for place, name, _ in exact]
+        exact.append((matmul, "allow_tf32", False))
+    before = []
+    for place, name, _ in exact:
+        with suppress(RuntimeError):  # The user's own do not agree.
+            before.append((place, name, getattr(place, name)))
     try:
         _set(exact)
         yield

@@ -79,14 +79,14 @@ def run_replicas(
     choices = dict(chosen or {})
     arms = dict.fromkeys(replica.arm for replica in missing)
     undecided = [(arm, engine, len(fleets[arm])) for arm in arms if arm not in choices]
-    stack = stack_size(find_device(device))
-    with _team(recipe, workers, device) as team:
+    where = find_device(device)
+    with _team(recipe, workers, where) as team:
         for choice in team.run(_choose, undecided):
             choices[choice.arm] = choice
             yield choice
         units = [
             unit
-            for unit in _units(fleets, choices, workers, stack, folder)
+            for unit in _units(fleets, choices, workers, stack_size(where), folder)
             if not finished.issuperset(unit.replicas)
         ]
         if folder is not None:
@@ -177,7 +177,7 @@ def _train(bench: _Bench, *unit: Any) -> Iterator[FleetEvent]:
 
 
 @contextmanager
-def _team(recipe: Recipe, workers: int, device: str) -> Iterator[_Alone | _Together]:
+def _team(recipe: Recipe, workers: int, device: torch.device) -> Iterator[_Alone | _Together]:
     splits = split(load(recipe.dataset), recipe.validation)
     if workers > 1:
         with _Together(recipe, splits, workers, device) as team:
@@ -186,7 +186,7 @@ def _team(recipe: Recipe, workers: int, device: str) -> Iterator[_Alone | _Toget
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with exact_products():
+        with exact_products(device):
             yield _Alone(_Bench(recipe, splits.to(device)))
     finally:
         torch.set_num_threads(threads)
@@ -207,7 +207,7 @@ class _Alone:
 class _Together:
     """Does jobs in worker processes."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, workers: int, device: str) -> None:
+    def __init__(self, recipe: Recipe, splits: Splits, workers: int, device: torch.device) -> None:
         self.recipe, self.dataset, self.workers = recipe, splits.dataset, workers
         self.device = device
         try:
@@ -287,10 +287,10 @@ _settings = ExitStack()
 
 
 def _start_worker(
-    recipe: Recipe, rest: dict[str, Any], images: SharedTensor, device: str, events: Any
+    recipe: Recipe, rest: dict[str, Any], images: SharedTensor, device: torch.device, events: Any
 ) -> None:
     torch.set_num_threads(1)
-    _settings.enter_context(exact_products())
+    _settings.enter_context(exact_products(device))
     labels = torch.from_numpy(rest.pop("labels"))
     dataset = Dataset(images=images.tensor, labels=labels, **rest)
     splits = split(dataset, recipe.validation).to(device)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normlab.data import Splits, gather
+from normlab.errors import InputError
 from normlab.layers import draw_dropout_from
 from normlab.probes import Histogram, inside, read
 from normlab.streams import stream
@@ -95,6 +96,12 @@ class Fleet:
             [torch.stack([state[name].detach() for state in named]) for name in names]
             for names in (self._names, self._buffer_names)
         )
+        self.device = splits.dataset.images.device
+        if (other := self._parameters[0].device) != self.device:
+            raise InputError(
+                f"the networks are on {other} and the images on {self.device}: expected one "
+                "device, as by Splits.to()"
+            )
         self._orders = [stream(each.seed, "order") for each in replicas]
         self._dropouts = []
         for network, replica in zip(networks, replicas, strict=True):
@@ -102,7 +109,6 @@ class Fleet:
             self._dropouts.append(program.dropouts_of(network))
         # Sums of the batches' losses, smaller ones by their share, and of hits; and what they were
         # when the epoch began. Added up step by step: wherever training stops, they are the same.
-        self.device = splits.dataset.images.device
         self.losses = torch.zeros(len(replicas), dtype=torch.float64, device=self.device)
         self.hits = torch.zeros_like(self.losses)
         self._begun = self.losses.clone(), self.hits.clone()
@@ -332,7 +338,7 @@ class Fleet:
         else:
             self._optimizer.step(r, gradients)
         total, right = self._sums[r or 0]
-        total.add_(loss, alpha=fed[-1].shape[-1] / self.recipe.batch_size)
+        total.add_(loss.double() * (fed[-1].shape[-1] / self.recipe.batch_size))
         right.add_(hits)
 
     def _masks(self, r: int, size: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ takes to ask for them. As a graph they are asked for at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -64,25 +65,36 @@ class Recorded:
 
 class _CudaGraph:
     def __init__(self, device: torch.device) -> None:
-        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self._stream, self._graph = _aside(device), torch.cuda.CUDAGraph()
 
     def warm_up(self, step: Callable[[], None]) -> None:
-        # On a stream of its own, as torch's notes on CUDA graphs want it.
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
+        usual = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                step()
+        usual.wait_stream(self._stream)
 
     def record(self, step: Callable[[], None]) -> None:
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
+        # The outer one is there to be left again if recording fails, when the inner one is not.
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(self._graph, stream=self._stream),
+        ):
             step()
 
     def replay(self) -> None:
-        with torch.cuda.device(self._device):
-            self._graph.replay()
+        self._graph.replay()
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device that steps are recorded on.
+
+    torch's own is of whichever device was the current one when it was first needed; and each stream
+    has memory of cuBLAS for good.
+    """
+    return torch.cuda.Stream(device)
 
 
 GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": _CudaGraph}

@@ -82,7 +82,7 @@ class Optimizer(ABC):
 
     def step(self, replica: int, gradients: Sequence[Tensor]) -> None:
         """Move one replica; gradients without a first axis for it."""
-        self.steps[replica] += 1
+        self.steps[replica].add_(1)
         columns = self._each[replica]._replace(gradients=list(gradients))
         self._move(columns, self.settings[replica])
 

@@ -210,12 +210,27 @@ def make(
             node.replace_all_uses_with(node.args[0])
     traced.graph.eliminate_dead_code()
     traced.recompile()
+    if not tensors[0].is_cpu:
+        _refuse_moves(traced.graph)
     if code == "native":
         return lower(traced.graph, tensors)
     if code == "compiled":
         on_cpu = tensors[0].device.type == "cpu"
         return _compiled(traced, tensors) if on_cpu else _compiled_here(traced, tensors)
     return _without_gradients(traced)
+
+
+def _refuse_moves(graph: fx.Graph) -> None:
+    """Refuse what no graph of a device can hold, before it is tried: torch does not recover well.
+
+    Raises:
+        RuntimeError: Something is moved to another device.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target == aten._to_copy.default:
+            source, result = node.args[0].meta["val"].device, node.meta["val"].device
+            if source != result:
+                raise RuntimeError(f"the network moves values from {source} to {result} in a step")
 
 
 def _without_gradients(function: Callable[..., Sequence[Tensor]]) -> Pass:
