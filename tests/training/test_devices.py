@@ -49,12 +49,15 @@ def users_settings(request, monkeypatch):
             *(cudnn.deterministic, cudnn.benchmark),
         )
 
+    def may_be_set(flag):  # As torch.backends.disable_global_flags() forbids it.
+        monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", flag)
+
     before = settings()
+    may_be_set(True)
     matmul.fp32_precision, cudnn.benchmark = "tf32", True
-    if request.param == "forbidden":  # By torch.backends.disable_global_flags().
-        monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    may_be_set(request.param == "allowed")
     yield settings
-    monkeypatch.undo()
+    may_be_set(True)
     matmul.fp32_precision = before[0]
     cudnn.deterministic, cudnn.benchmark = before[3:]
 
