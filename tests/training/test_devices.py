@@ -50,7 +50,8 @@ def users_settings(request, monkeypatch):
         )
 
     def may_be_set(flag):  # As torch.backends.disable_global_flags() forbids it.
-        monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", flag)
+        place = torch.backends.disable_global_flags.__globals__
+        monkeypatch.setitem(place, "__allow_nonbracketed_mutation_flag", flag)
 
     before = settings()
     may_be_set(True)
