@@ -360,7 +360,7 @@ def test_a_worker_has_its_data_on_the_device_and_computes_exactly(images, monkey
     shared = SimpleNamespace(tensor=rest.pop("images"))
     threads, worker = torch.get_num_threads(), {}
     monkeypatch.setattr(engine, "_worker", worker)
-    monkeypatch.setattr(engine, "exact_products", lambda on: exact.append(on) or nullcontext())
+    monkeypatch.setattr(engine, "compute_exactly", exact.append)
     try:
         recipe = recipe_of(images, "mlp:8", "sgd")
         engine._start_worker(recipe, rest, shared, device, None)
@@ -422,7 +422,7 @@ def test_the_benchmarks_peers_and_normlabs_own_train_there(tapes, monkeypatch):
 
     monkeypatch.setattr(own_fleets, "_here", {})
     exact = []
-    monkeypatch.setattr(own_fleets, "exact_products", lambda on: exact.append(on) or nullcontext())
+    monkeypatch.setattr(own_fleets, "compute_exactly", exact.append)
     threads = torch.get_num_threads()
     try:
         own_fleets._start(work, 40, 0, 1)

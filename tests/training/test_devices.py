@@ -10,7 +10,7 @@ import torch
 
 from normlab.errors import InputError
 from normlab.training import Recipe, Replica, engine, graphs
-from normlab.training.devices import exact_products, find_device, name_of
+from normlab.training.devices import compute_exactly, exact_products, find_device, name_of
 
 QUICK = Recipe(validation=59_000, epochs=1, network="mlp:8", optimizer="sgd")
 REPLICAS = [Replica("plain", 0.01, 0)]
@@ -81,6 +81,8 @@ def test_products_are_exact_for_a_while(users_settings):
     with pytest.raises(ZeroDivisionError), exact_products(CUDA):
         raise ZeroDivisionError
     assert users_settings() == before
+    compute_exactly(torch.device("cpu"))
+    assert users_settings() == before
 
 
 def test_products_are_exact_while_a_fleet_trains(monkeypatch):
@@ -106,6 +108,7 @@ class FakeCuda:
 
     def __init__(self):
         self.told, self.now = [], "usual"
+        self.Stream, self.CUDAGraph = self._new_stream, self._new_graph
 
     def _stream(self, name):
         return SimpleNamespace(
@@ -114,7 +117,7 @@ class FakeCuda:
             wait_stream=lambda other: self.told.append(f"{name} waits for {other.name}"),
         )
 
-    def Stream(self, device):  # noqa: N802 - torch's name
+    def _new_stream(self, device):
         self.told.append(f"a stream of {device}")
         return self._stream("aside")
 
@@ -130,7 +133,7 @@ class FakeCuda:
         finally:
             self.now = before
 
-    def CUDAGraph(self):  # noqa: N802 - torch's name
+    def _new_graph(self):
         return SimpleNamespace(replay=lambda: self.told.append(f"{self.now}: replayed"))
 
     @contextmanager

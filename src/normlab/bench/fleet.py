@@ -27,7 +27,7 @@ from normlab.bench import jax_peer, peers
 from normlab.bench.timing import Timing, machine, take_turns, versions
 from normlab.bench.work import EVALUATED, REPLICAS, WORKS, Peer, Work
 from normlab.processes import Workers
-from normlab.training.devices import exact_products, find_device, name_of
+from normlab.training.devices import compute_exactly, find_device, name_of
 
 __all__ = ["FleetBenchmark", "Row", "bench_fleet", "makers"]
 
@@ -167,9 +167,7 @@ def bench_fleet(
         if started is not None:
             started(work)
         with Workers(1) as workers:  # A new one each, so that no work inherits another's threads.
-            rows.append(
-                workers.submit(_measure_exactly, work, seconds, fleets or {}, compiled).result()
-            )
+            rows.append(workers.submit(_measure, work, seconds, fleets or {}, compiled).result())
     extras = {
         package: version(package)
         for peer, (package, _) in _NEEDED.items()
@@ -206,17 +204,10 @@ def _missing() -> dict[str, str]:
     }
 
 
-def _measure_exactly(
-    work: Work, seconds: float, fleets: Mapping[str, Callable[[Work], Peer]], compiled: bool
-) -> Row:
-    """Measure peers with the settings that normlab's fleets are trained with."""
-    with exact_products(torch.device(work.device)):
-        return _measure(work, seconds, fleets, compiled)
-
-
 def _measure(
     work: Work, seconds: float, fleets: Mapping[str, Callable[[Work], Peer]], compiled: bool
 ) -> Row:
+    compute_exactly(torch.device(work.device))  # As normlab's fleets are trained.
     skipped = _missing()
     if work.device != "cpu":
         skipped["jax"] = "it is measured on a CPU alone"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from normlab.data import Dataset, Splits
 from normlab.processes import Workers
 from normlab.training import Engine, Fleet, Recipe, Replica
 from normlab.training.choice import choose, stack_size
-from normlab.training.devices import exact_products
-from normlab.training.engine import build_fleet
+from normlab.training.devices import compute_exactly
+from normlab.training.engine import build_fleet, cuts
 
 __all__ = ["SIZES", "own_fleets"]
 
@@ -68,13 +66,9 @@ _here: dict[str, Any] = {}
 """What a worker keeps: its fleets, each of as many replicas as a study trains at a time."""
 
 
-_settings = ExitStack()
-"""What a worker leaves as it is until it ends."""
-
-
 def _start(work: Work, size: int, worker: int, count: int) -> None:
     torch.set_num_threads(1)
-    _settings.enter_context(exact_products(torch.device(work.device)))
+    compute_exactly(torch.device(work.device))
     recipe = Recipe(
         network=work.network,
         activation=work.activation,
@@ -98,8 +92,7 @@ def _start(work: Work, size: int, worker: int, count: int) -> None:
     choice = choose(recipe, splits, work.arm, "auto", size, build)
     replicas = [Replica(work.arm, work.lr, seed) for seed in range(worker, size, count)]
     stacks = -(-len(replicas) // stack_size(splits.dataset.images.device))
-    cuts = [len(replicas) * stack // stacks for stack in range(stacks + 1)]
-    units = [replicas[start:stop] for start, stop in pairwise(cuts)]
+    units = [replicas[start:stop] for start, stop in cuts(len(replicas), stacks)]
     _here["fleets"] = [build(unit, choice.engine) for unit in units]
 
 

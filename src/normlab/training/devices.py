@@ -10,7 +10,7 @@ import torch
 
 from normlab.errors import InputError
 
-__all__ = ["exact_products", "find_device", "name_of"]
+__all__ = ["compute_exactly", "exact_products", "find_device", "name_of"]
 
 
 def find_device(name: str) -> torch.device:
@@ -42,17 +42,36 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Let a GPU compute float32 in float32, and cuDNN sum in one order; then as it was.
+def compute_exactly(device: torch.device) -> None:
+    """Let a GPU compute float32 in float32, and cuDNN sum in one order, from now on.
 
     torch rounds the factors of convolutions to 10 bits there (TF32) unless it is told not to, and
     cuDNN may take algorithms whose sums come in another order each time. Other devices are as they
     are.
     """
+    if device.type == "cuda":
+        _set(_exact())
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Do what `compute_exactly` does for a while; then all is as it was."""
     if device.type != "cuda":
         yield
         return
+    before = []
+    for place, name, _ in _exact():
+        with suppress(RuntimeError):  # The user's own do not agree.
+            before.append((place, name, getattr(place, name)))
+    try:
+        compute_exactly(device)
+        yield
+    finally:
+        _set(before)
+
+
+def _exact() -> list[tuple[Any, str, object]]:
+    """Return settings: where, which, and what they are to be."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     exact: list[tuple[Any, str, object]] = [
@@ -66,15 +85,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
         exact += [(each, "fp32_precision", "ieee") for each in precisions]
     else:  # Before torch 2.9.
         exact.append((matmul, "allow_tf32", False))
-    before = []
-    for place, name, _ in exact:
-        with suppress(RuntimeError):  # The user's own do not agree.
-            before.append((place, name, getattr(place, name)))
-    try:
-        _set(exact)
-        yield
-    finally:
-        _set(before)
+    return exact
 
 
 def _set(settings: Sequence[tuple[Any, str, object]]) -> None:

@@ -7,7 +7,7 @@ import queue
 import shutil
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from normlab.imports import is_function
 from normlab.networks import parse_arm
 from normlab.processes import SharedTensor, Workers
 from normlab.training.choice import Choice, choose, stack_size
-from normlab.training.devices import exact_products, find_device
+from normlab.training.devices import compute_exactly, exact_products, find_device
 from normlab.training.fleet import Engine, Fleet
 from normlab.training.networks import build, check_alike
 from normlab.training.recipe import FleetEvent, Outcome, Recipe, Replica
 
-__all__ = ["Event", "build_fleet", "run_replicas"]
+__all__ = ["Event", "build_fleet", "cuts", "run_replicas"]
 
 Event = Choice | FleetEvent
 
@@ -125,16 +125,24 @@ def _units(
         else:
             enough = -(-workers // len(fleets))
             parts = max(-(-len(fleet) // _LOOPED_UNIT), min(enough, len(fleet)))
-        cuts = [len(fleet) * part // parts for part in range(parts + 1)]
         units += [
             Unit(
                 tuple(fleet[start:stop]),
                 choices[arm].engine,
                 folder / f"{number}-{start}-{stop}.safetensors" if folder else None,
             )
-            for start, stop in pairwise(cuts)
+            for start, stop in cuts(len(fleet), parts)
         ]
     return sorted(units, key=lambda unit: -choices[unit.replicas[0].arm].cost)
+
+
+def cuts(length: int, parts: int) -> list[tuple[int, int]]:
+    """Return where parts of about equal size start and stop.
+
+    >>> cuts(7, 2)
+    [(0, 3), (3, 7)]
+    """
+    return list(pairwise(length * part // parts for part in range(parts + 1)))
 
 
 def build_fleet(
@@ -282,15 +290,13 @@ class _Together:
 
 _worker: dict[str, Any] = {}
 """What a worker process is given when it starts."""
-_settings = ExitStack()
-"""What a worker process leaves as it is until it ends."""
 
 
 def _start_worker(
     recipe: Recipe, rest: dict[str, Any], images: SharedTensor, device: torch.device, events: Any
 ) -> None:
     torch.set_num_threads(1)
-    _settings.enter_context(exact_products(device))
+    compute_exactly(device)
     labels = torch.from_numpy(rest.pop("labels"))
     dataset = Dataset(images=images.tensor, labels=labels, **rest)
     splits = split(dataset, recipe.validation).to(device)

@@ -210,12 +210,12 @@ def make(
             node.replace_all_uses_with(node.args[0])
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    if not tensors[0].is_cpu:
+    on_cpu = tensors[0].is_cpu
+    if not on_cpu:
         _refuse_moves(traced.graph)
     if code == "native":
         return lower(traced.graph, tensors)
     if code == "compiled":
-        on_cpu = tensors[0].device.type == "cpu"
         return _compiled(traced, tensors) if on_cpu else _compiled_here(traced, tensors)
     return _without_gradients(traced)
 
