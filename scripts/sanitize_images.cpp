@@ -53,7 +53,7 @@ int main() {
       for (const std::int64_t window : {1, 2, 5})
         for (std::int64_t rim = 0; rim < window; ++rim)
           for (const std::int64_t width : {5, 8, 12})
-            if (!convolve({9, channels, 6, width, out, window, (window + 1) / 2, rim,
+            if (!convolve({33, channels, 6, width, out, window, (window + 1) / 2, rim,
                            rim < (window + 1) / 2 ? rim : 0}))
               return std::puts("a convolution has a value that is no number"), 1;
   for (const std::int64_t average : {0, 1})

@@ -8,23 +8,6 @@
 
 namespace {
 
-// op(A) op(B) as BLAS has it: in columns.
-void gemm(const char* a_turned, const char* b_turned, const int64_t* m, const int64_t* n,
-          const int64_t* k, const void*, const void* a, const int64_t* lda, const void* b,
-          const int64_t* ldb, const void* beta, void* c, const int64_t* ldc) {
-  auto at = [](const void* x, int64_t row, int64_t column, int64_t stride, char turned) {
-    return static_cast<const float*>(x)[turned == 'T' ? row * stride + column
-                                                      : column * stride + row];
-  };
-  for (int64_t i = 0; i < *m; ++i)
-    for (int64_t j = 0; j < *n; ++j) {
-      float& out = static_cast<float*>(c)[j * *ldc + i];
-      out *= *static_cast<const float*>(beta);
-      for (int64_t l = 0; l < *k; ++l)
-        out += at(a, i, l, *lda, *a_turned) * at(b, l, j, *ldb, *b_turned);
-    }
-}
-
 struct Network {
   std::vector<std::vector<char>> memory;
   std::vector<Instruction> program;
@@ -69,7 +52,7 @@ double train(bool batch, bool adam) {
   net.write(O::kLabels, {labels, order, y}, {n});
   const int64_t z = matrix(width), normed = matrix(width), active = matrix(width);
   const int64_t dropped = matrix(width), logits = matrix(classes), log = matrix(classes);
-  net.write(O::kProduct, {b1, x, w1, z}, {n, width, pixels, 2});
+  net.write(O::kProduct, {b1, x, w1, z}, {n, width, pixels, 0, 1});
   const int64_t kept = batch ? net.make(2 * width * 8) : net.values(2 * n * 2);
   if (batch) {
     net.write(O::kCount, {counter}, {});
@@ -80,7 +63,7 @@ double train(bool batch, bool adam) {
   }
   net.write(batch ? O::kReLU : O::kTanh, {normed, active}, {n * width});
   net.write(O::kMultiply, {active, masks, dropped}, {n * width});
-  net.write(O::kProduct, {b2, dropped, w2, logits}, {n, classes, width, 2});
+  net.write(O::kProduct, {b2, dropped, w2, logits}, {n, classes, width, 0, 1});
   net.write(O::kLogSoftmax, {logits, log}, {n, classes});
   net.write(O::kNLL, {log, y, loss}, {n, classes});
   net.write(O::kArgmax, {logits, largest}, {n, classes});
@@ -93,8 +76,8 @@ double train(bool batch, bool adam) {
   const int64_t by_w1 = net.values(width * pixels), by_b1 = net.values(width);
   net.write(O::kNLLBackward, {one, y, by_log}, {n, classes});
   net.write(O::kLogSoftmaxBackward, {by_log, log, by_logits}, {n, classes});
-  net.write(O::kProduct, {-1, by_logits, w2, by_dropped}, {n, width, classes, 0});
-  net.write(O::kProduct, {-1, by_logits, dropped, by_w2}, {classes, width, n, 1});
+  net.write(O::kProduct, {-1, by_logits, w2, by_dropped}, {n, width, classes, 0, 0});
+  net.write(O::kProduct, {-1, by_logits, dropped, by_w2}, {classes, width, n, 1, 0});
   net.write(O::kColumnSums, {by_logits, by_b2}, {n, classes});
   net.write(O::kMultiply, {by_dropped, masks, by_active}, {n * width});
   net.write(batch ? O::kReLUBackward : O::kTanhBackward, {by_active, active, by_normed}, {n * width});
@@ -104,7 +87,7 @@ double train(bool batch, bool adam) {
   else
     net.write(O::kGroupNormBackward, {by_normed, z, gamma, kept, by_z, by_gamma, by_beta},
               {n, width, 2, 1});
-  net.write(O::kProduct, {-1, by_z, x, by_w1}, {width, pixels, n, 1});
+  net.write(O::kProduct, {-1, by_z, x, by_w1}, {width, pixels, n, 1, 0});
   net.write(O::kColumnSums, {by_z, by_b1}, {n, width});
 
   const std::vector<int64_t> moved{w1, b1, gamma, beta, w2, b2};
@@ -129,8 +112,7 @@ double train(bool batch, bool adam) {
   double losses = 0;
   int64_t right = 0;
   normlab_take_steps_base(net.program.data(), static_cast<int64_t>(net.program.size()),
-                          table.data(), feeds, 2, steps, loss, hits, &update, gemm, 0, &losses,
-                          &right);
+                          table.data(), feeds, 2, steps, loss, hits, &update, 0, &losses, &right);
   return right >= 0 && right <= n * steps ? losses : -1;
 }
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from normlab import BatchNorm1d, BatchNorm2d
 from normlab.data import load
@@ -273,6 +273,11 @@ def test_labels_that_are_no_classes_are_refused(data):
         tensors = arguments(network, (data[0], labels), torch.arange(32))
         with pytest.raises(NotLoweredError, match="labels reach from"):
             program.make(network, 1, "0..1", tensors, "native")
+
+
+def test_numbers_of_other_types_are_refused():
+    with pytest.raises(NotLoweredError, match=r"no kernels for torch\.bfloat16"):
+        lowering.lower(fx.Graph(), [torch.zeros(2, dtype=torch.bfloat16)])
 
 
 def test_weights_in_another_order_and_missing_kernels_are_refused(data, monkeypatch):

@@ -20,7 +20,7 @@ __all__ = ["LIBRARY", "SOURCES", "build", "instruction_sets"]
 
 SOURCES = [
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("batch_norm", "convolution", "pooling", "steps")
+    for name in ("batch_norm", "convolution", "pooling", "product", "steps")
 ]
 LIBRARY = Path(__file__).with_name("_kernels.so")
 

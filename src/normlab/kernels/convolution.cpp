@@ -1,54 +1,65 @@
 // Convolutions of small images, on the calling thread.
 //
 // Libraries that are made for hundreds of channels leave most of a vector empty where there are six.
-// Here the lanes of a vector are neighbours in an image's row: a `Cell`. Two cells and up to six
-// channels are worked on at a time, whose sums stay in registers. Stride and dilation are 1.
+// Here the lanes of a vector are images: as many as it has are turned, so that they lie side by side,
+// and what is made of them is turned back. Sums for some channels at some places stay in registers.
+// Fewer images than lanes cost as much as many. Stride and dilation are 1.
 
-#include "kernels.h"
+#include "vectors.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
-
-#ifdef __clang__
-#define NORMLAB_UNROLL _Pragma("unroll")
-#else
-#define NORMLAB_UNROLL _Pragma("GCC unroll 8")
-#endif
 
 namespace {
 
 using std::int64_t;
 
-#ifdef __AVX__
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-constexpr int kMostChannels = 6;  // With two cells they fill twelve of sixteen registers.
-
+// As many images as a vector has lanes, and a rim of zeros around each.
 template <class T>
-struct Vector {
-  static constexpr int64_t lanes = kVectorBytes / sizeof(T);
-  typedef T Type __attribute__((vector_size(kVectorBytes)));
-  static Type load(const T* from) {
-    Type value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
+class Block {
+ public:
+  static constexpr int64_t lanes = Vector<T>::lanes;
+  const int64_t pitch, plane, image;  // Of a row and of a channel here; values of an image outside.
+
+  Block(int64_t channels, int64_t height, int64_t width, int64_t rim_height = 0,
+        int64_t rim_width = 0)
+      : pitch(width + 2 * rim_width), plane(pitch * (height + 2 * rim_height)),
+        image(channels * height * width), corner_(rim_height * pitch + rim_width),
+        values_(channels * plane) {
+    for (int64_t channel = 0; channel < channels; ++channel)
+      for (int64_t row = 0; row < height; ++row)
+        for (int64_t column = 0; column < width; ++column)
+          places_.push_back(corner_ + channel * plane + row * pitch + column);
   }
-  // The first `count` lanes, and zeros.
-  static Type load(const T* from, int64_t count) {
-    if (count == lanes) return load(from);
-    Type value{};
-    std::memcpy(&value, from, sizeof(T) * count);
-    return value;
+
+  // At the corner of the rim, and of the images.
+  const Vector<T>* outside() const { return values_.data(); }
+  const Vector<T>* inside() const { return values_.data() + corner_; }
+  Vector<T>* inside() { return values_.data() + corner_; }
+
+  // What `count` images leave free becomes zeros.
+  void take(const T* images, int64_t count) {
+    for (int64_t start = 0; start < image; start += lanes) {
+      const int64_t some = std::min(lanes, image - start);
+      typename Vector<T>::Type rows[lanes];
+      read_turned(images + start, image, count, some, rows);
+      for (int64_t i = 0; i < some; ++i) values_[places_[start + i]].of = rows[i];
+    }
   }
-  static void store(Type value, T* to, int64_t count = lanes) {
-    if (count == lanes)
-      std::memcpy(to, &value, sizeof value);
-    else
-      std::memcpy(to, &value, sizeof(T) * count);
+
+  void give(T* images, int64_t count) const {
+    for (int64_t start = 0; start < image; start += lanes) {
+      const int64_t some = std::min(lanes, image - start);
+      typename Vector<T>::Type rows[lanes] = {};
+      for (int64_t i = 0; i < some; ++i) rows[i] = values_[places_[start + i]].of;
+      write_turned(rows, images + start, image, count, some);
+    }
   }
+
+ private:
+  const int64_t corner_;
+  std::vector<int64_t> places_;  // Of an image's values.
+  std::vector<Vector<T>> values_;
 };
 
 // What a sum over a window goes through: images, a rim of zeros around them, the window.
@@ -62,227 +73,166 @@ struct Shape {
   int64_t taps() const { return channels * window_height * window_width; }
 };
 
-struct Cell {
-  int64_t from;   // Its first value in the images with their rim, at the window's first tap.
-  int64_t to;     // The same in a channel of the result.
-  int64_t width;  // How many lanes count.
-  int64_t first_row, last_row;  // Those of the window that meet the image; the others meet zeros.
-};
-
-// Some images with their rim, and the cells of what is made of them.
-template <class T>
-class Padded {
- public:
-  const Shape shape;
-  const int64_t pitch, plane, size;  // Of a row, a channel, an image, in values.
-  std::vector<Cell> cells;           // Of one image.
-
-  Padded(const Shape& shape, int64_t images)
-      : shape(shape), pitch(round_up(shape.out_width()) + shape.window_width - 1),
-        plane(pitch * (shape.height + 2 * shape.rim_height)), size(plane * shape.channels),
-        values_(size * images) {
-    for (int64_t row = 0; row < shape.out_height(); ++row)
-      for (int64_t column = 0; column < shape.out_width(); column += Vector<T>::lanes)
-        cells.push_back({row * pitch + column, row * shape.out_width() + column,
-                         std::min(Vector<T>::lanes, shape.out_width() - column),
-                         std::max<int64_t>(0, shape.rim_height - row),
-                         std::min(shape.window_height, shape.rim_height + shape.height - row)});
-  }
-
-  static int64_t round_up(int64_t width) {
-    return (width + Vector<T>::lanes - 1) / Vector<T>::lanes * Vector<T>::lanes;
-  }
-
-  const T* values() const { return values_.data(); }
-
-  void put(int64_t image, const T* x) {
-    T* to = values_.data() + image * size + shape.rim_height * pitch + shape.rim_width;
-    for (int64_t channel = 0; channel < shape.channels; ++channel, to += plane)
-      for (int64_t row = 0; row < shape.height; ++row, x += shape.width)
-        std::memcpy(to + row * pitch, x, sizeof(T) * shape.width);
-  }
-
- private:
-  std::vector<T> values_;
-};
-
-// Calls `run` with parts of about equal size, none above `kMostChannels`; their size as a constant.
-template <class Run>
-void in_parts(int64_t channels, Run run) {
-  const int64_t parts = (channels + kMostChannels - 1) / kMostChannels;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t start = channels * part / parts;
-    switch (channels * (part + 1) / parts - start) {
-      case 1: run(start, std::integral_constant<int, 1>{}); break;
-      case 2: run(start, std::integral_constant<int, 2>{}); break;
-      case 3: run(start, std::integral_constant<int, 3>{}); break;
-      case 4: run(start, std::integral_constant<int, 4>{}); break;
-      case 5: run(start, std::integral_constant<int, 5>{}); break;
-      default: run(start, std::integral_constant<int, 6>{}); break;
-    }
-  }
-}
-
-// `N` channels of two cells. `weights` has the N of each tap together.
-template <class T, int N>
-void correlate(const Padded<T>& x, const T* weights, const T* bias, const Cell& a, const Cell& b,
-               T* y, int64_t y_plane) {
-  using V = Vector<T>;
-  typename V::Type sums[N][2];
+// `N` channels at `M` places side by side. `weights` has the N of each tap together.
+template <class T, int N, int M>
+void correlate(const Shape& shape, const Block<T>& x, int64_t row, int64_t column,
+               const T* weights, const T* bias, Vector<T>* y, int64_t y_plane) {
+  typename Vector<T>::Type sums[N][M];
   NORMLAB_UNROLL
-  for (int n = 0; n < N; ++n) sums[n][0] = sums[n][1] = (bias ? bias[n] : T(0)) - typename V::Type{};
-  const int64_t window = x.shape.window_width;
-  const int64_t first = std::min(a.first_row, b.first_row), last = std::max(a.last_row, b.last_row);
-  for (int64_t channel = 0; channel < x.shape.channels; ++channel)
-    for (int64_t row = first; row < last; ++row) {
-      const T* at = x.values() + channel * x.plane + row * x.pitch;
-      const T* weight = weights + (channel * x.shape.window_height + row) * window * N;
-      for (int64_t column = 0; column < window; ++column, ++at, weight += N) {
-        const auto left = V::load(at + a.from), right = V::load(at + b.from);
+  for (int n = 0; n < N; ++n)
+    NORMLAB_UNROLL
+    for (int m = 0; m < M; ++m) sums[n][m] = (bias ? bias[n] : T(0)) - typename Vector<T>::Type{};
+  // Other rows of the window meet zeros.
+  const int64_t first = std::max<int64_t>(0, shape.rim_height - row);
+  const int64_t last = std::min(shape.window_height, shape.rim_height + shape.height - row);
+  for (int64_t channel = 0; channel < shape.channels; ++channel)
+    for (int64_t tap = first; tap < last; ++tap) {
+      const Vector<T>* at = x.outside() + channel * x.plane + (row + tap) * x.pitch + column;
+      const T* weight = weights + (channel * shape.window_height + tap) * shape.window_width * N;
+      for (int64_t i = 0; i < shape.window_width; ++i, ++at, weight += N)
         NORMLAB_UNROLL
-        for (int n = 0; n < N; ++n) {
-          sums[n][0] += weight[n] * left;
-          sums[n][1] += weight[n] * right;
-        }
-      }
+        for (int n = 0; n < N; ++n)
+          NORMLAB_UNROLL
+          for (int m = 0; m < M; ++m) sums[n][m] += weight[n] * at[m].of;
     }
   NORMLAB_UNROLL
-  for (int n = 0; n < N; ++n) {
-    V::store(sums[n][0], y + n * y_plane + a.to, a.width);
-    V::store(sums[n][1], y + n * y_plane + b.to, b.width);
-  }
+  for (int n = 0; n < N; ++n)
+    NORMLAB_UNROLL
+    for (int m = 0; m < M; ++m) y[n * y_plane + m].of = sums[n][m];
 }
 
-// y[o] = bias[o] + the sum over taps of weight(o, tap) * x, for each of some images.
+// The weights of a sum over windows, those of a part's channels together for each tap.
 template <class T, class Weight>
-void correlate_all(const Shape& shape, int64_t images, int64_t outputs, const T* x, const T* bias,
-                   T* y, Weight weight) {
-  Padded<T> padded(shape, 1);
-  const int64_t taps = shape.taps(), y_plane = shape.out_height() * shape.out_width();
-  const int64_t cells = static_cast<int64_t>(padded.cells.size());
+std::vector<T> arranged(int64_t outputs, int64_t taps, Weight weight) {
   std::vector<T> weights(outputs * taps);
   in_parts(outputs, [&](int64_t start, auto size) {
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int n = 0; n < size; ++n)
         weights[start * taps + tap * size + n] = weight(start + n, tap);
   });
-  for (int64_t image = 0; image < images; ++image) {
-    padded.put(0, x + image * shape.channels * shape.height * shape.width);
-    T* to = y + image * outputs * y_plane;
-    in_parts(outputs, [&](int64_t start, auto size) {
-      for (int64_t cell = 0; cell < cells; cell += 2)
-        correlate<T, size>(padded, weights.data() + start * taps, bias ? bias + start : nullptr,
-                           padded.cells[cell], padded.cells[std::min(cell + 1, cells - 1)],
-                           to + start * y_plane, y_plane);
-    });
-  }
+  return weights;
 }
 
-// Adds to `sums`, which have a vector for each output and tap, those of N outputs and two taps.
-// `grad` has the outputs of each cell together, and zeros in lanes that do not count.
-template <class T, int N>
-void add_products(const T* x, const std::vector<int64_t>& cells, const T* grad, int64_t grad_step,
-                  int64_t tap, int64_t other_tap, T* sums, T* other_sums, int64_t sums_step) {
-  using V = Vector<T>;
-  typename V::Type products[N][2] = {};
-  for (size_t cell = 0; cell < cells.size(); ++cell, grad += grad_step) {
-    const auto left = V::load(x + cells[cell] + tap), right = V::load(x + cells[cell] + other_tap);
-    NORMLAB_UNROLL
-    for (int n = 0; n < N; ++n) {
-      const auto g = V::load(grad + n * V::lanes);
-      products[n][0] += g * left;
-      products[n][1] += g * right;
+// y[o] = bias[o] + the sum over taps of weight(o, tap) * x.
+template <class T>
+void correlate_all(const Shape& shape, const Block<T>& x, int64_t outputs,
+                   const std::vector<T>& weights, const T* bias, Block<T>& y) {
+  const int64_t width = shape.out_width();
+  in_parts(outputs, [&](int64_t start, auto size) {
+    const T *weight = weights.data() + start * shape.taps(), *part = bias ? bias + start : nullptr;
+    for (int64_t row = 0; row < shape.out_height(); ++row) {
+      Vector<T>* to = y.inside() + start * y.plane + row * y.pitch;
+      if (width < kTogether)
+        for (int64_t at = 0; at < width; ++at)
+          correlate<T, size, 1>(shape, x, row, at, weight, part, to + at, y.plane);
+      else  // The last places may be made twice.
+        for (int64_t next = 0; next < width; next += kTogether) {
+          const int64_t at = std::min(next, width - kTogether);
+          correlate<T, size, kTogether>(shape, x, row, at, weight, part, to + at, y.plane);
+        }
     }
-  }
+  });
+}
+
+// Adds to `sums`, which have `taps` for each output, those of N outputs and `count` taps.
+template <class T, int N>
+void add_products(const Shape& shape, const Block<T>& grad, int64_t output, const Block<T>& x,
+                  const int64_t* offsets, int64_t count, Vector<T>* sums) {
+  typename Vector<T>::Type products[N][kTogether] = {};
+  const Vector<T>* g = grad.inside() + output * grad.plane;
+  const Vector<T>* at[kTogether];
+  for (int m = 0; m < kTogether; ++m) at[m] = x.outside() + offsets[m < count ? m : 0];
+  for (int64_t row = 0; row < shape.out_height(); ++row, g += grad.pitch)
+    for (int64_t column = 0; column < shape.out_width(); ++column)
+      NORMLAB_UNROLL
+      for (int n = 0; n < N; ++n)
+        NORMLAB_UNROLL
+        for (int m = 0; m < kTogether; ++m)
+          products[n][m] += g[n * grad.plane + column].of * at[m][row * x.pitch + column].of;
   NORMLAB_UNROLL
-  for (int n = 0; n < N; ++n) {
-    T *sum = sums + n * sums_step, *other_sum = other_sums + n * sums_step;
-    V::store(V::load(sum) + products[n][0], sum);
-    if (other_sum != sum) V::store(V::load(other_sum) + products[n][1], other_sum);
-  }
+  for (int n = 0; n < N; ++n)
+    NORMLAB_UNROLL
+    for (int m = 0; m < kTogether; ++m)
+      if (m < count) sums[(output + n) * shape.taps() + m].of += products[n][m];
 }
 
 template <class T>
-T total(const T* vector) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < Vector<T>::lanes; ++lane) sum += vector[lane];
+Vector<T> plane_total(const Block<T>& block, int64_t channel, int64_t height, int64_t width) {
+  Vector<T> sum{};
+  const Vector<T>* at = block.inside() + channel * block.plane;
+  for (int64_t row = 0; row < height; ++row, at += block.pitch)
+    for (int64_t column = 0; column < width; ++column) sum.of += at[column].of;
   return sum;
 }
 
 template <class T>
-void weight_gradient(const Shape& shape, int64_t images, int64_t outputs, const T* grad, const T* x,
-                     T* grad_weight, T* grad_bias) {
-  using V = Vector<T>;
-  constexpr int64_t lanes = V::lanes;
-  const int64_t taps = shape.taps(), out_plane = shape.out_height() * shape.out_width();
-  const Padded<T> one(shape, 1);
-  // As many images at a time as make some dozens of cells, for sums to stay in registers over.
-  const int64_t each = static_cast<int64_t>(one.cells.size());
-  const int64_t together = std::min(images, 1 + 63 / each);
-  Padded<T> padded(shape, together);
-  std::vector<T> gradients(together * each * outputs * lanes);
-  std::vector<T> sums(outputs * taps * lanes), bias_sums(outputs * lanes);
-  std::vector<int64_t> offsets, cells;
-  for (int64_t channel = 0; channel < shape.channels; ++channel)
-    for (int64_t row = 0; row < shape.window_height; ++row)
-      for (int64_t column = 0; column < shape.window_width; ++column)
-        offsets.push_back(channel * padded.plane + row * padded.pitch + column);
-  for (int64_t start = 0; start < images; start += together) {
-    const int64_t count = std::min(together, images - start);
-    cells.clear();
-    T* to = gradients.data();
-    for (int64_t image = 0; image < count; ++image) {
-      padded.put(image, x + (start + image) * shape.channels * shape.height * shape.width);
-      const T* from = grad + (start + image) * outputs * out_plane;
-      for (const Cell& cell : padded.cells) {
-        cells.push_back(image * padded.size + cell.from);
-        for (int64_t output = 0; output < outputs; ++output, to += lanes) {
-          V::store(V::load(from + output * out_plane + cell.to, cell.width), to);
-          T* bias_sum = bias_sums.data() + output * lanes;
-          V::store(V::load(bias_sum) + V::load(to), bias_sum);
-        }
-      }
-    }
-    in_parts(outputs, [&](int64_t output, auto size) {
-      for (int64_t tap = 0; tap < taps; tap += 2) {
-        const int64_t other = std::min(tap + 1, taps - 1);
-        T* at = sums.data() + (output * taps) * lanes;
-        add_products<T, size>(padded.values(), cells, gradients.data() + output * lanes,
-                              outputs * lanes, offsets[tap], offsets[other], at + tap * lanes,
-                              at + other * lanes, taps * lanes);
-      }
-    });
-  }
-  for (int64_t i = 0; i < outputs * taps; ++i) grad_weight[i] = total(sums.data() + i * lanes);
-  if (grad_bias)
-    for (int64_t i = 0; i < outputs; ++i) grad_bias[i] = total(bias_sums.data() + i * lanes);
+T total(const Vector<T>& vector) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < Vector<T>::lanes; ++lane) sum += vector.of[lane];
+  return sum;
+}
+
+Shape shape_of(const Convolution& c) {
+  return {c.in, c.height, c.width, c.rim_height, c.rim_width, c.window_height, c.window_width};
 }
 
 template <class T>
 void convolve(const Convolution& c, const T* x, const T* weight, const T* bias, T* y) {
-  const Shape shape{c.in, c.height, c.width, c.rim_height, c.rim_width, c.window_height,
-                    c.window_width};
-  correlate_all(shape, c.images, c.out, x, bias, y, [&](int64_t output, int64_t tap) {
+  const Shape shape = shape_of(c);
+  Block<T> from(c.in, c.height, c.width, c.rim_height, c.rim_width);
+  Block<T> to(c.out, shape.out_height(), shape.out_width());
+  const auto weights = arranged<T>(c.out, shape.taps(), [&](int64_t output, int64_t tap) {
     return weight[output * shape.taps() + tap];
   });
+  for (int64_t start = 0; start < c.images; start += from.lanes) {
+    const int64_t count = std::min(from.lanes, c.images - start);
+    from.take(x + start * from.image, count);
+    correlate_all(shape, from, c.out, weights, bias, to);
+    to.give(y + start * to.image, count);
+  }
 }
 
 template <class T>
 void convolve_backward(const Convolution& c, const T* grad, const T* x, const T* weight, T* grad_x,
                        T* grad_weight, T* grad_bias) {
-  const Shape shape{c.in, c.height, c.width, c.rim_height, c.rim_width, c.window_height,
-                    c.window_width};
-  weight_gradient(shape, c.images, c.out, grad, x, grad_weight, grad_bias);
-  if (!grad_x) return;
-  // The gradient with a rim of its own, and the window turned by half a turn.
+  const Shape shape = shape_of(c);
+  // For the gradient by x: that of the sums with a rim of its own, the window turned by half a turn.
   const Shape turned{c.out, shape.out_height(), shape.out_width(),
                      c.window_height - 1 - c.rim_height, c.window_width - 1 - c.rim_width,
                      c.window_height, c.window_width};
-  const int64_t window = c.window_height * c.window_width;
-  correlate_all<T>(turned, c.images, c.in, grad, nullptr, grad_x, [&](int64_t input, int64_t tap) {
+  const int64_t window = c.window_height * c.window_width, taps = shape.taps();
+  const auto weights = arranged<T>(c.in, turned.taps(), [&](int64_t input, int64_t tap) {
     const int64_t output = tap / window, place = window - 1 - tap % window;
     return weight[(output * c.in + input) * window + place];
   });
+  Block<T> images(c.in, c.height, c.width, c.rim_height, c.rim_width);
+  Block<T> gradients(c.out, turned.height, turned.width, turned.rim_height, turned.rim_width);
+  Block<T> by_x(c.in, c.height, c.width);
+  std::vector<int64_t> offsets;  // Of taps in the images.
+  for (int64_t channel = 0; channel < c.in; ++channel)
+    for (int64_t row = 0; row < c.window_height; ++row)
+      for (int64_t column = 0; column < c.window_width; ++column)
+        offsets.push_back(channel * images.plane + row * images.pitch + column);
+  std::vector<Vector<T>> sums(c.out * taps), bias_sums(c.out);
+  for (int64_t start = 0; start < c.images; start += images.lanes) {
+    const int64_t count = std::min(images.lanes, c.images - start);
+    images.take(x + start * images.image, count);
+    gradients.take(grad + start * gradients.image, count);
+    in_parts(c.out, [&](int64_t output, auto size) {
+      for (int64_t tap = 0; tap < taps; tap += kTogether)
+        add_products<T, size>(shape, gradients, output, images, offsets.data() + tap, taps - tap,
+                              sums.data() + tap);
+    });
+    for (int64_t i = 0; i < c.out; ++i)
+      bias_sums[i].of += plane_total(gradients, i, turned.height, turned.width).of;
+    if (grad_x) {
+      correlate_all<T>(turned, gradients, c.in, weights, nullptr, by_x);
+      by_x.give(grad_x + start * by_x.image, count);
+    }
+  }
+  for (int64_t i = 0; i < c.out * taps; ++i) grad_weight[i] = total(sums[i]);
+  if (grad_bias)
+    for (int64_t i = 0; i < c.out; ++i) grad_bias[i] = total(bias_sums[i]);
 }
 
 }  // namespace

@@ -23,6 +23,11 @@ struct Convolution {
   std::int64_t images, in, height, width, out, window_height, window_width, rim_height, rim_width;
 };
 
+// C (m, n) = op(A) (m, k) op(B) (k, n); a turned one lies with its axes exchanged.
+struct Product {
+  std::int64_t m, n, k, a_turned, b_turned;
+};
+
 // Of images' channels, `planes` in all; the windows lie side by side. Otherwise than by the average it
 // is by the largest.
 struct Pooling {
@@ -31,7 +36,12 @@ struct Pooling {
 
 extern "C" {
 
-// Of float, or of double if `wide`. `bias` may be null.
+// All of float, or of double if `wide`.
+
+// `bias` is added to each row of C; it may be null, here and below.
+void NORMLAB_NAME(normlab_product)(int wide, const Product* p, const void* bias, const void* a,
+                                   const void* b, void* c);
+
 void NORMLAB_NAME(normlab_convolve)(int wide, const Convolution* c, const void* x,
                                     const void* weight, const void* bias, void* y);
 

@@ -6,41 +6,54 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace {
 
 using std::int64_t;
 
+// What lies in a plane's windows, their rows added up, and then all of it in one loop: rows alone are
+// too short for one.
 template <class T, int W>
 void average(const Pooling& p, const T* x, T* y) {
   const int64_t width = W ? W : p.window_width;
   const int64_t rows = p.height / p.window_height, columns = p.width / width;
+  const int64_t used = columns * width, count = rows * columns;
   const T share = T(1) / T(p.window_height * width);
-  for (int64_t plane = 0; plane < p.planes; ++plane, x += p.height * p.width)
-    for (int64_t row = 0; row < rows; ++row, y += columns) {
-      std::fill_n(y, columns, T(0));
-      for (int64_t i = 0; i < p.window_height; ++i) {
-        const T* __restrict from = x + (row * p.window_height + i) * p.width;
-        T* __restrict to = y;
-        for (int64_t column = 0; column < columns; ++column)
-          for (int64_t j = 0; j < width; ++j) to[column] += from[column * width + j] * share;
-      }
+  std::vector<T> sums(rows * used);
+  for (int64_t plane = 0; plane < p.planes; ++plane, x += p.height * p.width, y += count) {
+    for (int64_t row = 0; row < rows; ++row) {
+      T* __restrict to = sums.data() + row * used;
+      const T* __restrict from = x + row * p.window_height * p.width;
+      std::copy_n(from, used, to);
+      for (int64_t i = 1; i < p.window_height; ++i)
+        for (int64_t column = 0; column < used; ++column) to[column] += from[i * p.width + column];
     }
+    const T* __restrict from = sums.data();
+    T* __restrict to = y;
+    for (int64_t i = 0; i < count; ++i) {
+      T sum = 0;
+      for (int64_t j = 0; j < width; ++j) sum += from[i * width + j];
+      to[i] = sum * share;
+    }
+  }
 }
 
 template <class T, int W>
 void average_backward(const Pooling& p, const T* grad, T* grad_x) {
   const int64_t width = W ? W : p.window_width;
   const int64_t rows = p.height / p.window_height, columns = p.width / width;
+  const int64_t used = columns * width, count = rows * columns;
   const T share = T(1) / T(p.window_height * width);
-  for (int64_t plane = 0; plane < p.planes; ++plane, grad_x += p.height * p.width)
-    for (int64_t row = 0; row < rows; ++row, grad += columns)
-      for (int64_t i = 0; i < p.window_height; ++i) {
-        const T* __restrict from = grad;
-        T* __restrict to = grad_x + (row * p.window_height + i) * p.width;
-        for (int64_t column = 0; column < columns; ++column)
-          for (int64_t j = 0; j < width; ++j) to[column * width + j] = from[column] * share;
-      }
+  std::vector<T> shares(rows * used);
+  for (int64_t plane = 0; plane < p.planes; ++plane, grad += count, grad_x += p.height * p.width) {
+    const T* __restrict from = grad;
+    T* __restrict to = shares.data();
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < width; ++j) to[i * width + j] = from[i] * share;
+    for (int64_t row = 0; row < rows * p.window_height; ++row)
+      std::copy_n(shares.data() + row / p.window_height * used, used, grad_x + row * p.width);
+  }
 }
 
 // Calls `run` with each window and the place of its largest value: of several the first, but of

@@ -2,8 +2,7 @@
 //
 // Where a layer has some thousand values, a step costs more in getting from one operation to the
 // next than in the operations. Here they stand in a list, with the places of what they read and
-// write in a table of pointers, and a span of steps is one call. All is done on the calling thread,
-// but for matrix products: these the caller provides, as BLAS has them. Matrices lie in rows.
+// write in a table of pointers, and a span of steps is one call. All is done on the calling thread.
 
 #include "group_norm.h"
 #include "kernels.h"
@@ -54,12 +53,6 @@ struct Update {
   float* step;          // How many were taken.
 };
 
-// BLAS's integers have 32 or 64 bits; of a small number either finds its own at the same address,
-// where the low bytes come first.
-using Gemm = void (*)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*,
-                      const void*, const void*, const int64_t*, const void*, const int64_t*,
-                      const void*, void*, const int64_t*);
-
 template <class T>
 constexpr int dtype_of() { return sizeof(T) == sizeof(double) ? kFloat64 : kFloat32; }
 
@@ -98,19 +91,6 @@ void gather(int64_t batch, int64_t pixels, const std::uint8_t* images, const int
 #pragma omp simd
     for (int64_t i = 0; i < pixels; ++i) row[i] = T(float(image[i]) * factor + offset);
   }
-}
-
-// C = op(A) op(B) + bias, all in rows: what BLAS, which has columns, reads as C' = op(B)' op(A)'.
-template <class T>
-void product(Gemm gemm, const Instruction& at, const T* bias, const T* a, const T* b, T* c) {
-  const int64_t m = at.sizes[0], n = at.sizes[1], k = at.sizes[2];
-  const bool a_turned = at.sizes[3] & 1, b_turned = at.sizes[3] & 2;
-  const T one = 1, beta = bias ? T(1) : T(0);
-  if (bias)
-    for (int64_t row = 0; row < m; ++row) std::memcpy(c + row * n, bias, sizeof(T) * n);
-  const int64_t a_stride = a_turned ? m : k, b_stride = b_turned ? k : n;
-  gemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &one, b, &b_stride, a, &a_stride,
-       &beta, c, &n);
 }
 
 template <class T>
@@ -155,7 +135,7 @@ void argmax(int64_t rows, int64_t columns, const T* x, int64_t* out) {
 }
 
 template <class T>
-void run(const Instruction& at, void* const* table, Gemm gemm) {
+void run(const Instruction& at, void* const* table) {
   const int64_t* size = at.sizes;
   const double* number = at.numbers;
   auto bytes = [&](int i) { return at.operands[i] < 0 ? nullptr : table[at.operands[i]]; };
@@ -178,8 +158,10 @@ void run(const Instruction& at, void* const* table, Gemm gemm) {
     case O::kLabels:
       for (int64_t n = 0; n < size[0]; ++n) index(2)[n] = index(0)[index(1)[n]];
       return;
-    case O::kProduct:
-      return product(gemm, at, value(0), value(1), value(2), value(3));
+    case O::kProduct: {
+      const Product p{size[0], size[1], size[2], size[3], size[4]};
+      return NORMLAB_NAME(normlab_product)(is_wide, &p, bytes(0), bytes(1), bytes(2), bytes(3));
+    }
     case O::kColumnSums:
       return column_sums(size[0], size[1], value(0), value(1));
     case O::kConvolution: {
@@ -337,10 +319,10 @@ void move(const Update& by, void* const* table) {
 
 template <class T>
 void take(const Instruction* program, int64_t count, void** table, const Feed* feeds, int64_t fed,
-          int64_t steps, int64_t loss, int64_t hits, const Update* update, Gemm gemm,
-          double* losses, int64_t* all_hits) {
+          int64_t steps, int64_t loss, int64_t hits, const Update* update, double* losses,
+          int64_t* all_hits) {
   for (int64_t step = 0; step < steps; ++step) {
-    for (int64_t i = 0; i < count; ++i) run<T>(program[i], table, gemm);
+    for (int64_t i = 0; i < count; ++i) run<T>(program[i], table);
     *losses += *static_cast<const T*>(table[loss]);
     *all_hits += *static_cast<const int64_t*>(table[hits]);
     if (update) move<T>(*update, table);
@@ -362,14 +344,13 @@ void NORMLAB_NAME(normlab_gather)(int64_t count, int64_t pixels, const std::uint
 }
 
 // Takes steps; adds up their losses and how many samples they got right. `loss` and `hits` are the
-// places of one step's. Without an update the parameters stay. `gemm` is BLAS's, for float or for
-// double, as `wide` says.
+// places of one step's. Without an update the parameters stay.
 void NORMLAB_NAME(normlab_take_steps)(const Instruction* program, int64_t count, void** table,
                                       const Feed* feeds, int64_t fed, int64_t steps, int64_t loss,
-                                      int64_t hits, const Update* update, Gemm gemm, int wide,
-                                      double* losses, int64_t* all_hits) {
+                                      int64_t hits, const Update* update, int wide, double* losses,
+                                      int64_t* all_hits) {
   (wide ? take<double> : take<float>)(program, count, table, feeds, fed, steps, loss, hits, update,
-                                      gemm, losses, all_hits);
+                                      losses, all_hits);
 }
 
 }  // extern "C"

@@ -6,7 +6,6 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +81,7 @@ class Steps:
         self._work, self._results = work, [tensor for _, tensor in outputs]
         (self._loss, _), *gradients, (self._hits, _) = outputs
         self._gradients = (ctypes.c_int64 * len(gradients))(*(place for place, _ in gradients))
-        self._wide, self._gemm = dtype == torch.float64, _gemm(dtype)
+        self._wide = dtype == torch.float64
         self._lock = threading.Lock()  # What lies between instructions is there once.
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -149,7 +148,6 @@ class Steps:
             self._loss,
             self._hits,
             None if update is None else ctypes.byref(update),
-            self._gemm,
             self._wide,
             ctypes.byref(loss),
             ctypes.byref(hits),
@@ -164,18 +162,5 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 @lru_cache(maxsize=1)
 def _take_steps() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = [pointer, size, pointer, pointer, *[size] * 4, pointer, pointer, ctypes.c_int]
+    arguments = [pointer, size, pointer, pointer, *[size] * 4, pointer, ctypes.c_int]
     return kernel("normlab_take_steps", [*arguments, pointer, pointer])
-
-
-@lru_cache(maxsize=2)
-def _gemm(dtype: torch.dtype) -> int:
-    """Return the address of BLAS's matrix product, of the BLAS that torch brings."""
-    name = {torch.float32: "sgemm_", torch.float64: "dgemm_"}.get(dtype)
-    folder = Path(torch.__file__).parent / "lib"
-    for library in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
-        if name is not None and library.exists():
-            function = getattr(ctypes.CDLL(str(library)), name, None)
-            if function is not None:
-                return ctypes.cast(function, ctypes.c_void_p).value or 0
-    raise NotLoweredError(f"no matrix product for {dtype}")

@@ -51,6 +51,8 @@ def lower(graph: fx.Graph, tensors: Sequence[Tensor]) -> Steps:
     if not BUILT:
         raise NotLoweredError("the kernels are not built")
     writer, places = Writer(tensors), iter(range(len(tensors)))
+    if writer.dtype not in (torch.float32, torch.float64):
+        raise NotLoweredError(f"there are no kernels for {writer.dtype}")
     for node in graph.nodes:
         if node in writer.values:
             continue  # Done along with one before it.

@@ -52,7 +52,7 @@ def _product(writer: Writer, node: fx.Node, *operands: Any) -> Value:
     (m, k), (_, n) = left.shape, right.shape
     added = writer.value(bias[0], [n]) if bias else None
     out = writer.make(m, n)
-    writer.write("product", [added, left, right, out], [m, n, k, left.turned + 2 * right.turned])
+    writer.write("product", [added, left, right, out], [m, n, k, left.turned, right.turned])
     return out
 
 

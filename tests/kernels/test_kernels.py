@@ -38,6 +38,33 @@ def call(name, sizes, tensors, dtype):
     kernel(name, arguments)(dtype == torch.float64, struct, *pointers(tensors))
 
 
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([torch.float32, torch.float64]))
+def test_products_are_torchs(data, dtype):
+    # Sides within a panel, of some panels, and more than is summed at a time.
+    sides = st.one_of(st.integers(1, 20), st.integers(1, 150), st.integers(250, 270))
+    m, n, k = (data.draw(sides) for _ in range(3))
+    turned = a_turned, b_turned = data.draw(st.booleans()), data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(m + n + k)
+    a, b, bias = (
+        torch.randn(shape, dtype=dtype, generator=generator)
+        for shape in ((k, m) if a_turned else (m, k), (n, k) if b_turned else (k, n), n)
+    )
+    if not data.draw(st.booleans()):
+        bias = None
+    expected = (a.T if a_turned else a).double() @ (b.T if b_turned else b).double()
+    c = Result([m, n], dtype)
+    call("normlab_product", [m, n, k, *turned], [bias, a, b, c.tensor], dtype)
+    # Each is a sum of k numbers of about 1, whose errors add up by chance.
+    tolerance = (1e-14 if dtype == torch.float64 else 5e-6) * (k + 1) ** 0.5
+    torch.testing.assert_close(
+        c.check().double(),
+        expected if bias is None else expected + bias,
+        rtol=0,
+        atol=tolerance,
+    )
+
+
 def convolutions(draw):
     window = [draw(st.integers(1, 5)) for _ in range(2)]
     rims = [draw(st.integers(0, size - 1)) for size in window]
@@ -45,7 +72,8 @@ def convolutions(draw):
         draw(st.integers(max(1, size - 2 * rim), 21))
         for size, rim in zip(window, rims, strict=True)
     ]
-    images, inner, outer = (draw(st.integers(1, most)) for most in (9, 7, 14))
+    # More images than a vector has lanes, and fewer.
+    images, inner, outer = (draw(st.integers(1, most)) for most in (40, 7, 14))
     return images, inner, *image, outer, *window, *rims
 
 
