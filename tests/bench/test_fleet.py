@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from normlab.bench import fleet, peers
+from normlab.bench import fleet, own, peers
 from normlab.bench.timing import Timing
 from normlab.bench.work import WORKS, Work, layers_of
 from normlab.data import scale
@@ -42,6 +42,24 @@ def test_every_peer_is_measured_and_every_peer_that_trains_learns(benchmark):
     # A fleet handed in is called as a peer is: the same training, so the same losses.
     assert row.losses["eager again"] == row.losses["eager"]
     assert 0 < row.startup < row.timings["tutorial"].low
+
+
+def test_our_fleets_train_as_the_peers_do(monkeypatch):
+    monkeypatch.setattr(own, "_here", {})
+    monkeypatch.setattr(own, "compute_exactly", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    own._start(TINY, 3, 0, 2)
+    assert [replica.seed for replica in own._here["fleets"][0].replicas] == [0, 2]
+    peer, others = peers.eager(TINY), own._here["fleets"][0].losses
+    for _ in range(2):
+        before = others[1].item()
+        total = own._advance(peer.steps)
+        other = (others[1].item() - before) / peer.steps
+        assert total - other == pytest.approx(peer.train(), rel=1e-5)
+    own._start(TINY, 1, 0, 1)
+    own._advance(2 * peer.steps)
+    # Adam moves biases before a batch norm by rounding errors alone; running means follow late.
+    assert own._evaluate() == pytest.approx(peer.evaluate(), rel=2e-3)
 
 
 def row_of(work=TINY, skipped=None, evaluations=None, **medians):

@@ -102,7 +102,7 @@ def _advance(steps: int) -> float:
     for fleet in _here["fleets"]:
         before = fleet.losses.sum()
         fleet.advance(fleet.step + steps)
-        total += float(fleet.losses.sum() - before) / (steps * fleet.recipe.batch_size)
+        total += float(fleet.losses.sum() - before) / steps
     return total
 
 
