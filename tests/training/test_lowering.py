@@ -265,6 +265,17 @@ def test_what_there_is_no_kernel_for_is_refused(data, name):
         program.make(network, 1, "0..1", tensors, "native")
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_convolutions_of_large_images_are_refused(data, monkeypatch, channels):
+    network = mlp(on_images(nn.Conv2d(3, channels, 1), 4 * channels))
+    tensors, most = arguments(network, data, torch.arange(32)), 4 * max(3, channels)
+    monkeypatch.setattr(lowering.images, "_LARGEST", most)
+    program.make(network, 1, "0..1", tensors, "native")
+    monkeypatch.setattr(lowering.images, "_LARGEST", most - 1)
+    with pytest.raises(NotLoweredError, match="the images of convolution are too large"):
+        program.make(network, 1, "0..1", tensors, "native")
+
+
 def test_labels_that_are_no_classes_are_refused(data):
     network = mlp(nn.ReLU())
     for label in (-100, 10):

@@ -19,13 +19,14 @@ template <class T>
 class Block {
  public:
   static constexpr int64_t lanes = Vector<T>::lanes;
-  const int64_t pitch, plane, image;  // Of a row and of a channel here; values of an image outside.
+  const int64_t pitch, plane;  // Of a row and of a channel, in vectors.
+  const int64_t area;          // Values of a channel without its rim.
 
   Block(int64_t channels, int64_t height, int64_t width, int64_t rim_height = 0,
         int64_t rim_width = 0)
       : pitch(width + 2 * rim_width), plane(pitch * (height + 2 * rim_height)),
-        image(channels * height * width), corner_(rim_height * pitch + rim_width),
-        values_(channels * plane) {
+        area(height * width), corner_(rim_height * pitch + rim_width), values_(channels * plane) {
+    places_.reserve(channels * area);
     for (int64_t channel = 0; channel < channels; ++channel)
       for (int64_t row = 0; row < height; ++row)
         for (int64_t column = 0; column < width; ++column)
@@ -37,8 +38,9 @@ class Block {
   const Vector<T>* inside() const { return values_.data() + corner_; }
   Vector<T>* inside() { return values_.data() + corner_; }
 
-  // What `count` images leave free becomes zeros.
+  // `count` images; what they leave free becomes zeros.
   void take(const T* images, int64_t count) {
+    const int64_t image = static_cast<int64_t>(places_.size());
     for (int64_t start = 0; start < image; start += lanes) {
       const int64_t some = std::min(lanes, image - start);
       typename Vector<T>::Type rows[lanes];
@@ -47,9 +49,10 @@ class Block {
     }
   }
 
-  void give(T* images, int64_t count) const {
-    for (int64_t start = 0; start < image; start += lanes) {
-      const int64_t some = std::min(lanes, image - start);
+  // The first `channels` of `count` images, which are `image` values apart.
+  void give(T* images, int64_t image, int64_t count, int64_t channels) const {
+    for (int64_t start = 0; start < channels * area; start += lanes) {
+      const int64_t some = std::min(lanes, channels * area - start);
       typename Vector<T>::Type rows[lanes] = {};
       for (int64_t i = 0; i < some; ++i) rows[i] = values_[places_[start + i]].of;
       write_turned(rows, images + start, image, count, some);
@@ -113,36 +116,39 @@ std::vector<T> arranged(int64_t outputs, int64_t taps, Weight weight) {
   return weights;
 }
 
-// y[o] = bias[o] + the sum over taps of weight(o, tap) * x.
+// y[o] = bias[o] + the sum over taps of weight(o, tap) * x, of `count` images; by way of `made`, which
+// has room for a part's channels.
 template <class T>
-void correlate_all(const Shape& shape, const Block<T>& x, int64_t outputs,
-                   const std::vector<T>& weights, const T* bias, Block<T>& y) {
+void correlate_all(const Shape& shape, const Block<T>& x, int64_t count, int64_t outputs,
+                   const std::vector<T>& weights, const T* bias, Block<T>& made, T* y) {
   const int64_t width = shape.out_width();
   in_parts(outputs, [&](int64_t start, auto size) {
     const T *weight = weights.data() + start * shape.taps(), *part = bias ? bias + start : nullptr;
     for (int64_t row = 0; row < shape.out_height(); ++row) {
-      Vector<T>* to = y.inside() + start * y.plane + row * y.pitch;
+      Vector<T>* to = made.inside() + row * made.pitch;
       if (width < kTogether)
         for (int64_t at = 0; at < width; ++at)
-          correlate<T, size, 1>(shape, x, row, at, weight, part, to + at, y.plane);
+          correlate<T, size, 1>(shape, x, row, at, weight, part, to + at, made.plane);
       else  // The last places may be made twice.
         for (int64_t next = 0; next < width; next += kTogether) {
           const int64_t at = std::min(next, width - kTogether);
-          correlate<T, size, kTogether>(shape, x, row, at, weight, part, to + at, y.plane);
+          correlate<T, size, kTogether>(shape, x, row, at, weight, part, to + at, made.plane);
         }
     }
+    made.give(y + start * made.area, outputs * made.area, count, size);
   });
 }
 
-// Adds to `sums`, which have `taps` for each output, those of N outputs and `count` taps.
+// Adds to `sums`, which have `taps` for each output, those of N outputs and `count` taps over some rows.
 template <class T, int N>
-void add_products(const Shape& shape, const Block<T>& grad, int64_t output, const Block<T>& x,
-                  const int64_t* offsets, int64_t count, Vector<T>* sums) {
+void add_products(const Shape& shape, int64_t first, int64_t last, const Block<T>& grad,
+                  int64_t output, const Block<T>& x, const int64_t* offsets, int64_t count,
+                  Vector<T>* sums) {
   typename Vector<T>::Type products[N][kTogether] = {};
-  const Vector<T>* g = grad.inside() + output * grad.plane;
+  const Vector<T>* g = grad.inside() + output * grad.plane + first * grad.pitch;
   const Vector<T>* at[kTogether];
   for (int m = 0; m < kTogether; ++m) at[m] = x.outside() + offsets[m < count ? m : 0];
-  for (int64_t row = 0; row < shape.out_height(); ++row, g += grad.pitch)
+  for (int64_t row = first; row < last; ++row, g += grad.pitch)
     for (int64_t column = 0; column < shape.out_width(); ++column)
       NORMLAB_UNROLL
       for (int n = 0; n < N; ++n)
@@ -180,15 +186,14 @@ template <class T>
 void convolve(const Convolution& c, const T* x, const T* weight, const T* bias, T* y) {
   const Shape shape = shape_of(c);
   Block<T> from(c.in, c.height, c.width, c.rim_height, c.rim_width);
-  Block<T> to(c.out, shape.out_height(), shape.out_width());
+  Block<T> made(std::min<int64_t>(c.out, kMostRows), shape.out_height(), shape.out_width());
   const auto weights = arranged<T>(c.out, shape.taps(), [&](int64_t output, int64_t tap) {
     return weight[output * shape.taps() + tap];
   });
   for (int64_t start = 0; start < c.images; start += from.lanes) {
     const int64_t count = std::min(from.lanes, c.images - start);
-    from.take(x + start * from.image, count);
-    correlate_all(shape, from, c.out, weights, bias, to);
-    to.give(y + start * to.image, count);
+    from.take(x + start * c.in * from.area, count);
+    correlate_all(shape, from, count, c.out, weights, bias, made, y + start * c.out * made.area);
   }
 }
 
@@ -207,28 +212,30 @@ void convolve_backward(const Convolution& c, const T* grad, const T* x, const T*
   });
   Block<T> images(c.in, c.height, c.width, c.rim_height, c.rim_width);
   Block<T> gradients(c.out, turned.height, turned.width, turned.rim_height, turned.rim_width);
-  Block<T> by_x(c.in, c.height, c.width);
+  Block<T> made(grad_x ? std::min<int64_t>(c.in, kMostRows) : 0, c.height, c.width);
   std::vector<int64_t> offsets;  // Of taps in the images.
   for (int64_t channel = 0; channel < c.in; ++channel)
     for (int64_t row = 0; row < c.window_height; ++row)
       for (int64_t column = 0; column < c.window_width; ++column)
         offsets.push_back(channel * images.plane + row * images.pitch + column);
+  // So many rows are added up, then their sums: fewer errors add up.
+  const int64_t band = 1 + 255 / turned.width;
   std::vector<Vector<T>> sums(c.out * taps), bias_sums(c.out);
   for (int64_t start = 0; start < c.images; start += images.lanes) {
     const int64_t count = std::min(images.lanes, c.images - start);
-    images.take(x + start * images.image, count);
-    gradients.take(grad + start * gradients.image, count);
+    images.take(x + start * c.in * images.area, count);
+    gradients.take(grad + start * c.out * gradients.area, count);
     in_parts(c.out, [&](int64_t output, auto size) {
       for (int64_t tap = 0; tap < taps; tap += kTogether)
-        add_products<T, size>(shape, gradients, output, images, offsets.data() + tap, taps - tap,
-                              sums.data() + tap);
+        for (int64_t row = 0; row < turned.height; row += band)
+          add_products<T, size>(shape, row, std::min(row + band, turned.height), gradients, output,
+                                images, offsets.data() + tap, taps - tap, sums.data() + tap);
     });
     for (int64_t i = 0; i < c.out; ++i)
       bias_sums[i].of += plane_total(gradients, i, turned.height, turned.width).of;
-    if (grad_x) {
-      correlate_all<T>(turned, gradients, c.in, weights, nullptr, by_x);
-      by_x.give(grad_x + start * by_x.image, count);
-    }
+    if (grad_x)
+      correlate_all<T>(turned, gradients, count, c.in, weights, nullptr, made,
+                       grad_x + start * c.in * images.area);
   }
   for (int64_t i = 0; i < c.out * taps; ++i) grad_weight[i] = total(sums[i]);
   if (grad_bias)

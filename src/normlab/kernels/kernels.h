@@ -23,7 +23,7 @@ struct Convolution {
   std::int64_t images, in, height, width, out, window_height, window_width, rim_height, rim_width;
 };
 
-// C (m, n) = op(A) (m, k) op(B) (k, n); a turned one lies with its axes exchanged.
+// C (m, n) = op(A) (m, k) op(B) (k, n), none of them empty; a turned one lies with its axes exchanged.
 struct Product {
   std::int64_t m, n, k, a_turned, b_turned;
 };
@@ -36,7 +36,8 @@ struct Pooling {
 
 extern "C" {
 
-// All of float, or of double if `wide`.
+// All of float, or of double if `wide`. Those of images and matrices allocate memory; if there is none,
+// the process ends.
 
 // `bias` is added to each row of C; it may be null, here and below.
 void NORMLAB_NAME(normlab_product)(int wide, const Product* p, const void* bias, const void* a,
@@ -51,7 +52,7 @@ void NORMLAB_NAME(normlab_convolve_backward)(int wide, const Convolution* c, con
                                              void* grad_weight, void* grad_bias);
 
 void NORMLAB_NAME(normlab_pool)(int wide, const Pooling* p, const void* x, void* y);
-// `x` is not looked at where the average is taken.
+// Where the average is taken, `x` is not looked at, and what no window has is left as it is.
 void NORMLAB_NAME(normlab_pool_backward)(int wide, const Pooling* p, const void* grad,
                                          const void* x, void* grad_x);
 

@@ -43,17 +43,16 @@ template <class T, int W>
 void average_backward(const Pooling& p, const T* grad, T* grad_x) {
   const int64_t width = W ? W : p.window_width;
   const int64_t rows = p.height / p.window_height, columns = p.width / width;
-  const int64_t used = columns * width, count = rows * columns;
+  const int64_t used = columns * width;
   const T share = T(1) / T(p.window_height * width);
-  std::vector<T> shares(rows * used);
-  for (int64_t plane = 0; plane < p.planes; ++plane, grad += count, grad_x += p.height * p.width) {
-    const T* __restrict from = grad;
-    T* __restrict to = shares.data();
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < width; ++j) to[i * width + j] = from[i] * share;
-    for (int64_t row = 0; row < rows * p.window_height; ++row)
-      std::copy_n(shares.data() + row / p.window_height * used, used, grad_x + row * p.width);
-  }
+  for (int64_t plane = 0; plane < p.planes; ++plane, grad_x += p.height * p.width)
+    for (int64_t row = 0; row < rows; ++row, grad += columns) {
+      const T* __restrict from = grad;
+      T* __restrict to = grad_x + row * p.window_height * p.width;
+      for (int64_t column = 0; column < columns; ++column)
+        for (int64_t j = 0; j < width; ++j) to[column * width + j] = from[column] * share;
+      for (int64_t i = 1; i < p.window_height; ++i) std::copy_n(to, used, to + i * p.width);
+    }
 }
 
 // Calls `run` with each window and the place of its largest value: of several the first, but of

@@ -93,12 +93,12 @@ void multiply(const Factor<T>& a, const Vector<T>* panel, int64_t depth, bool ad
 
 template <class T, int M>
 void multiply_by(const Panel<T>& panel, const Factor<T>& a, int64_t rows, int64_t k, bool adds, T* c,
-                 int64_t stride) {
+                 int64_t stride, int64_t last) {
   for (int64_t start = 0; start < k; start += kDepth)
     in_parts(rows, [&](int64_t row, auto size) {
       const Factor<T> part{a.at + row * a.row + start * a.column, a.row, a.column};
       multiply<T, size, M>(part, panel.rows.get() + start * M, std::min(kDepth, k - start),
-                           adds || start, c + row * stride, stride, panel.last);
+                           adds || start, c + row * stride, stride, last);
     });
 }
 
@@ -123,9 +123,10 @@ void product(const Product& p, const T* bias, const T* a, const T* b, T* c) {
         std::memcpy(c + row * p.n + start, bias + start, sizeof(T) * width);
     T* to = p.b_turned ? reinterpret_cast<T*>(made.rows.get()) : c + start;
     const int64_t stride = p.b_turned ? panel.vectors * panel.lanes : p.n;
+    const int64_t last = p.b_turned ? panel.lanes : panel.last;
     const bool adds = !p.b_turned && bias;
     as_constant<kTogether>(panel.vectors, [&](auto vectors) {
-      multiply_by<T, vectors>(panel, factor, rows, p.k, adds, to, stride);
+      multiply_by<T, vectors>(panel, factor, rows, p.k, adds, to, stride, last);
     });
     if (p.b_turned) made.give_turned(c + start * p.n, p.n, rows, bias);
   }

@@ -18,6 +18,8 @@ namespace {
 // The sums of `kMostRows` times `kTogether` vectors fill three of four registers.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTogether = 4;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kTogether = 4;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32, kTogether = 2;
 #else

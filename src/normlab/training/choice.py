@@ -18,7 +18,7 @@ from normlab.data import Splits
 from normlab.errors import InputError, did_you_mean
 from normlab.files import cache_folder, replace
 from normlab.imports import is_function
-from normlab.kernels import BUILT
+from normlab.kernels.build import LIBRARY
 from normlab.networks import parse_arm
 from normlab.training.agreement import agrees_with_the_module
 from normlab.training.devices import name_of
@@ -174,11 +174,12 @@ def check_engine(name: str) -> None:
 def _digest(recipe: Recipe, splits: Splits, arm: str, kind: str, fleet: int) -> str:
     # Probes make no step faster; and with another engine they would change training's last bits.
     fields = set(Recipe.model_fields) - {"probes", "probe_every"}
+    kernels = LIBRARY.read_bytes() if LIBRARY.exists() else b""
     facts: list[Any] = [
         *(recipe.model_dump(mode="json", include=fields).items()),
         (tuple(splits.dataset.images.shape), splits.dataset.digest),
         (arm, kind, fleet),
-        (version("normlab"), BUILT, OPERATIONS),
+        (version("normlab"), OPERATIONS, hashlib.sha256(kernels).hexdigest()),
         (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.node()),
         name_of(splits.dataset.images.device),
     ]

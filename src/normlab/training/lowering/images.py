@@ -15,6 +15,10 @@ __all__ = ["IMAGES"]
 
 aten = torch.ops.aten
 
+_LARGEST = 2**20
+"""Values of an image, with its channels, up to which it is convolved: the kernel lays up to sixteen
+images side by side."""
+
 
 def _convolution(
     writer: Writer, node: fx.Node, x: Any, weight: Any, bias: Any, *options: Any
@@ -49,6 +53,8 @@ def _sizes(node: fx.Node, x: Value, weight: Value, *options: Any) -> list[int]:
     fits = len(x.shape) == len(weight.shape) == 4 and x.shape[1] == inner
     if not (is_plain and fits and all(r < w for r, w in zip(rims, window, strict=True))):
         raise NotLoweredError(f"there is no kernel for {node} with {options}")
+    if max(math.prod(x.shape[1:]), out * math.prod(x.shape[2:])) > _LARGEST:
+        raise NotLoweredError(f"the images of {node} are too large")
     return [*x.shape, out, *window, *rims]
 
 
