@@ -26,6 +26,7 @@ from normlab.training import (
     engine,
     train,
 )
+from normlab.training.fleet import Fleet
 
 # A thousand images to train on: 31 steps, and most of the time goes into evaluation.
 QUICK = Recipe(validation=59000, epochs=1)
@@ -282,6 +283,25 @@ def test_engines_are_timed_once_and_remembered(monkeypatch):
         recipe, replicas, chosen={"batch": Choice("batch", Engine("stacked", "traced"), {})}
     )
     assert isinstance(forced, Measurement)
+
+
+def test_other_kernels_are_timed_anew(monkeypatch, tmp_path):
+    replicas = [Replica("batch", 1e-3, seed) for seed in range(2)]
+    timings, time_step = [], Fleet.time_step
+
+    def counted(*arguments):
+        timings.append(arguments)
+        return time_step(*arguments)
+
+    monkeypatch.setattr(Fleet, "time_step", counted)
+    for built, times in [(b"one", 3), (b"one", 3), (b"other", 6), (None, 9)]:
+        library = tmp_path / "kernels.so"
+        library.unlink(missing_ok=True)
+        if built is not None:
+            library.write_bytes(built)
+        monkeypatch.setattr("normlab.training.choice.LIBRARY", library)
+        next(iter(engine.run_replicas(QUICK, replicas)))
+        assert len(timings) == times
 
 
 def test_a_kind_that_is_asked_for_is_taken_and_a_finished_replica_is_not_trained():
