@@ -21,8 +21,8 @@ def instruction_sets():
 
 each_instruction_set = pytest.mark.parametrize("instructions", instruction_sets())
 
-GUARD = 16
-"""Values on either side of a result that nobody may write to: a vector's and more."""
+GUARD = 64
+"""Values on either side of a result that nobody may write to: four of the widest vectors'."""
 
 
 class Result:
